@@ -1,0 +1,152 @@
+"""The auxiliary heads: small networks that give a block its local loss.
+
+A head takes a block's output (the input is not detached: block and head train together)
+and returns logits; all its widths follow from what it is given.
+"""
+
+import inspect
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dgl_jax.errors import UserError
+from dgl_jax.models.layers import (
+    Conv,
+    PooledMLP,
+    adaptive_avg_pool,
+    batch_norm,
+    torch_default_init,
+)
+
+
+def _check_map(name: str, x: jax.Array) -> None:
+    if x.ndim != 4:
+        raise UserError(
+            f"auxiliary.name={name} needs activations [B, H, W, C], but the block's output is "
+            f"{list(x.shape)}; use auxiliary.name=mlp"
+        )
+
+
+class CNNAux(nn.Module):
+    """Two 3x3 convolutions at full resolution: logits [B, num_classes] from [B, H, W, C].
+
+    Twice (Conv 3x3 of C to C, BatchNorm, ReLU), average pool to 2x2, BatchNorm, Linear. It
+    costs up to twice the largest layer.
+
+    Source: DGL Table 1, "CNN-aux".
+    Deviation: zero biases at the start (`torch_default_init`), in all heads; maps smaller
+      than 2x2 are not enlarged.
+
+    Attributes:
+      num_classes: the output's width.
+      dtype: of the computation; None for the promoted dtype of input and parameters.
+    """
+
+    num_classes: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        _check_map("cnn", x)
+        x = _convolutions(x, 2, 3, train, self.dtype)
+        x = batch_norm(train, self.dtype)(adaptive_avg_pool(x, (2, 2)))
+        x = x.reshape(x.shape[0], -1)
+        return nn.Dense(self.num_classes, kernel_init=torch_default_init, dtype=self.dtype)(x)
+
+
+class MLPAux(nn.Module):
+    """Average pool to 2x2, then three hidden layers of 4C: logits from [B, H, W, C].
+
+    Also takes [B, F] and [B, T, F] (the mean over T), with hidden layers of F.
+
+    Source: DGL Table 1, "MLP-aux": the "3-layer MLP" has three hidden layers.
+    Deviation: `max_hidden`; the default is the paper's.
+
+    Attributes:
+      num_classes: the output's width.
+      max_hidden: a cap on the hidden layers' width; 0 for none.
+      dtype: of the computation; None for the promoted dtype of input and parameters.
+    """
+
+    num_classes: int
+    max_hidden: int = 0
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return PooledMLP(self.num_classes, 3, self.max_hidden, self.dtype)(x, train)
+
+
+class MLPSRAux(nn.Module):
+    """1x1 convolutions at reduced resolution, then `MLPAux`: logits from [B, H, W, C].
+
+    Average pool to a quarter of height and width (rounded up), three times (Conv 1x1 of C
+    to C, BatchNorm, ReLU), average pool to 2x2, three hidden layers of 4C, Linear.
+
+    Source: DGL Table 1, "MLP-SR-aux"; the head of the paper's larger networks.
+    Deviation: `max_hidden`; the default is the paper's.
+
+    Attributes:
+      num_classes: the output's width.
+      max_hidden: a cap on the hidden layers' width; 0 for none. Why one may want it: at 512
+        channels this head has 10.4 % of the FLOPs of the largest layer of DGL's network
+        (`cnn6`), above the paper's rule of 5 %.
+      dtype: of the computation; None for the promoted dtype of input and parameters.
+    """
+
+    num_classes: int
+    max_hidden: int = 0
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        _check_map("mlp_sr", x)
+        _, height, width, _ = x.shape
+        x = adaptive_avg_pool(x, (math.ceil(height / 4), math.ceil(width / 4)))
+        x = _convolutions(x, 3, 1, train, self.dtype)
+        return PooledMLP(self.num_classes, 3, self.max_hidden, self.dtype)(x, train)
+
+
+def _convolutions(x: jax.Array, count: int, kernel: int, train: bool, dtype) -> jax.Array:
+    """``count`` times: convolution of C to C without bias, BatchNorm, ReLU."""
+    for _ in range(count):
+        x = Conv(
+            x.shape[-1],
+            (kernel, kernel),
+            use_bias=False,
+            kernel_init=torch_default_init,
+            dtype=dtype,
+        )(x)
+        x = nn.relu(batch_norm(train, dtype)(x))
+    return x
+
+
+AUXILIARY = {"cnn": CNNAux, "mlp": MLPAux, "mlp_sr": MLPSRAux}
+
+
+def make_auxiliary(name: str, num_classes: int, *, max_hidden: int = 0, dtype=None) -> nn.Module:
+    """Makes a head of the table `AUXILIARY`.
+
+    Args:
+      name: a key of `AUXILIARY`.
+      num_classes: the logits' width.
+      max_hidden: a cap on the hidden width of the head's MLP; 0 for none.
+      dtype: of the computation; None for the promoted dtype of input and parameters.
+
+    Returns:
+      The head.
+
+    Raises:
+      UserError: for an unknown name, or a cap on a head without an MLP.
+    """
+    if name not in AUXILIARY:
+        raise UserError(f"auxiliary.name={name} is unknown; choose one of {', '.join(AUXILIARY)}")
+    options = {"max_hidden": max_hidden} if max_hidden else {}
+    if not options.keys() <= inspect.signature(AUXILIARY[name]).parameters.keys():
+        raise UserError(
+            f"auxiliary.max_hidden={max_hidden} does not apply to auxiliary.name={name}, which "
+            "has no hidden layers; leave it at 0"
+        )
+    return AUXILIARY[name](num_classes, dtype=dtype, **options)

@@ -1,0 +1,139 @@
+"""Checkpoints of all blocks: the latest and the best, saved in the background by orbax.
+
+A checkpoint appears under its final name only when it is whole, so a run that is killed at any
+instant leaves the one before it untouched.
+"""
+
+import os
+import shutil
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from dgl_jax.errors import UserError
+
+
+def open_checkpointer(directory: str) -> ocp.training.Checkpointer:
+    """Opens (or makes) a directory of checkpoints; use the result as a context manager."""
+    policies = ocp.training.preservation_policies
+    return ocp.training.Checkpointer(
+        os.path.abspath(directory),
+        preservation_policy=policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(1),
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["top1"],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        ),
+        cleanup_tmp_directories=True,
+    )
+
+
+def check_disk_space(directory: str, states: Any) -> None:
+    """Checks that the latest, the best and the next checkpoint fit on the disk.
+
+    Raises:
+      UserError: if they do not.
+    """
+    size = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(states))
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise UserError(
+            f"workdir={directory} has {free / 2**20:.0f} MiB free, but its checkpoints need "
+            f"{size / 2**20:.0f} MiB; free some space or choose another --workdir"
+        )
+
+
+def save(
+    checkpointer: ocp.training.Checkpointer,
+    step: int,
+    states: Any,
+    *,
+    top1: float | None,
+    record: dict[str, Any],
+) -> None:
+    """Starts saving; the states may be donated as soon as this returns.
+
+    Args:
+      checkpointer: from `open_checkpointer`.
+      step: the number of steps done.
+      states: the blocks' states.
+      top1: the last block's accuracy at this step, if it was evaluated; ranks checkpoints.
+      record: what else the run needs to go on, as JSON.
+    """
+    checkpointer.save_async(
+        step,
+        {"states": states},
+        force=True,
+        metrics=None if top1 is None else {"top1": top1},
+        custom_metadata=record,
+    )
+
+
+def best_step(checkpointer: ocp.training.Checkpointer) -> int | None:
+    """The step of the checkpoint with the best accuracy, if one has been saved."""
+    ranked = [c for c in checkpointer.checkpoints if c.metrics is not None]
+    return max(ranked, key=lambda c: c.metrics["top1"]).step if ranked else None
+
+
+def restore_latest(
+    checkpointer: ocp.training.Checkpointer, states: Any
+) -> tuple[int, Any, dict[str, Any]] | None:
+    """Restores the latest checkpoint to where the given states live.
+
+    Args:
+      checkpointer: from `open_checkpointer`.
+      states: freshly initialised states: their structure, shapes, dtypes and shardings.
+
+    Returns:
+      ``(step, states, record)``, or None where there is no checkpoint.
+
+    Raises:
+      UserError: if the checkpoint is of another configuration; the message names a leaf.
+    """
+    latest = checkpointer.latest
+    if latest is None:
+        return None
+    metadata = checkpointer.metadata(latest.step)
+    _check_tree(metadata.metadata["states"], states, str(metadata.path))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), states
+    )
+    restored = checkpointer.load(latest.step, {"states": abstract})
+    return latest.step, restored["states"], dict(metadata.custom_metadata)
+
+
+def _check_tree(saved: Any, wanted: Any, path: str) -> None:
+    """Orbax says little of a tree that differs and casts a dtype silently: look first."""
+    saved, wanted = _leaves(saved), _leaves(wanted)
+    for name in [*wanted, *saved]:
+        if name not in saved or name not in wanted:
+            where = "the checkpoint lacks it" if name not in saved else "this run has no such leaf"
+            problem = f"{name}: {where}"
+        elif saved[name] != wanted[name]:
+            problem = f"{name} is {saved[name]} in the checkpoint, {wanted[name]} in this run"
+        else:
+            continue
+        raise UserError(
+            f"checkpoint={path} is of another configuration: {problem}; "
+            "use the configuration it was made with, or another --workdir"
+        )
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    return {
+        "/".join(_key_name(key) for key in path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _key_name(key: Any) -> str:
+    """Attributes, dict keys and indices alike: orbax turns a dataclass into a dict."""
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

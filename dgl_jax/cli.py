@@ -1,0 +1,86 @@
+"""How a script starts and ends: its flags, its one line for an error, its exit code.
+
+0: finished. 2: the user's mistake. 1: anything else. See DESIGN in WORKSPACE.md.
+"""
+
+import os
+import sys
+import traceback
+from typing import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dgl_jax.config import Config, check_field_name, from_dict
+from dgl_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The configuration, a Python file; --config.FIELD=VALUE overrides a field."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+
+
+def run(main: Callable[[Config, str], None]) -> None:
+    """Parses ``--config`` and ``--workdir`` and calls ``main(config, workdir)``."""
+
+    def parse_flags(argv: Sequence[str]) -> list[str]:
+        try:
+            _check_config_arguments(argv[1:])
+            remaining = flags.FLAGS(list(argv))
+            if len(remaining) > 1:
+                raise UserError(f"argument {remaining[1]!r} is not a flag; try --{remaining[1]}")
+            return remaining
+        except flags.Error as error:
+            _fail(str(error), 2)
+        except UserError as error:
+            _fail(str(error), 2)
+
+    def run_main(argv: Sequence[str]) -> None:
+        del argv
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells each step of a save.
+        try:
+            for name in ("config", "workdir"):
+                if not flags.FLAGS[name].value:
+                    raise UserError(f"--{name} is missing; try --help")
+            main(from_dict(_CONFIG.value.to_dict()), _WORKDIR.value)
+        except UserError as error:
+            _fail(str(error), 2)
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command goes on from the last checkpoint", 1)
+        except Exception as error:
+            if "No space left on device" not in _causes(error):
+                raise
+            _fail(
+                f"workdir={_WORKDIR.value}: no space left on device; the last checkpoint is "
+                "whole; free some space and run the same command again",
+                1,
+            )
+
+    app.run(run_main, flags_parser=parse_flags)
+
+
+def _check_config_arguments(arguments: Sequence[str]) -> None:
+    """What config_flags would answer with a traceback."""
+    for place, argument in enumerate(arguments):
+        name, _, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-"):
+            continue
+        if name == "config":
+            value = value or "".join(arguments[place + 1 : place + 2])
+            if not os.path.exists(value.partition(":")[0]):
+                raise UserError(
+                    f"--config={value} does not exist; try --config=experiments/configs/"
+                    "quickstart.py"
+                )
+        elif name.startswith("config."):
+            check_field_name(name.removeprefix("config."))
+
+
+def _causes(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,415 @@
+"""What a user may ask for: frozen dataclasses, and every check that needs no network or data.
+
+A configuration file's ``get_config()`` starts from `default_config()`, a ConfigDict with
+every field below; the scripts turn it into a `Config` once, with `from_dict`, which rejects
+unknown names, wrong types and values out of range in one line each.
+"""
+
+import dataclasses
+import difflib
+import typing
+from typing import Any, Mapping
+
+from ml_collections import config_dict
+
+from dgl_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodConfig:
+    """The training algorithm."""
+
+    name: str = "dgl"
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """The network that is cut into blocks."""
+
+    name: str = "cnn6"
+    # For VGG and ResNet: the stem and head for images of CIFAR's, Tiny-ImageNet's or
+    # ImageNet's size.
+    form: str = "cifar"
+    # Multiplies every layer's channels. SEDONA's CIFAR networks are 0.25.
+    width_factor: float = 1.0
+    # Dropout rate in the fully connected layers of VGG's head.
+    dropout: float = 0.0
+    # What layers and heads compute in; parameters, statistics and losses stay float32.
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class PartitionConfig:
+    """Where the network is cut."""
+
+    # uniform, explicit, per_layer or balanced.
+    strategy: str = "per_layer"
+    # For uniform and balanced.
+    num_blocks: int = 0
+    # For explicit: the 0-based layers after which to cut.
+    cuts: tuple[int, ...] = ()
+    # For balanced: what a layer costs, its "flops" or its measured "time".
+    cost: str = "flops"
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryConfig:
+    """The auxiliary head of every block but the last, which has the network's own head."""
+
+    name: str = "mlp_sr"
+    # A cap on the hidden width of the head's MLP; 0 for none.
+    max_hidden: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The local loss of every block."""
+
+    name: str = "cross_entropy"
+    label_smoothing: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Every block's own optimizer. Drops are in epochs from 0: lr falls when they begin."""
+
+    # sgd or adam.
+    name: str = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    b1: float = 0.9
+    b2: float = 0.999
+    # An L2 term added to the gradient, as PyTorch's optimizers do.
+    weight_decay: float = 5e-4
+    # all parameters, or kernels only.
+    weight_decay_on: str = "all"
+    # constant, step or cosine.
+    schedule: str = "step"
+    drop_epochs: tuple[float, ...] = (15.0, 30.0, 45.0)
+    drop_factor: float = 0.2
+    min_learning_rate: float = 0.0
+    # At a drop the optimizer's momentum is kept, or reset as when the official code makes a
+    # new optimizer.
+    momentum_at_drop: str = "keep"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacementConfig:
+    """Where blocks live and run."""
+
+    # fused: one program for all blocks. pipelined: one program and one mesh a block.
+    kind: str = "fused"
+    # Devices to use; 0 for one (fused) or as many as there are (pipelined).
+    num_devices: int = 0
+    # Devices over which every block splits its batch.
+    data_parallel: int = 1
+    # Pipelined: steps dispatched but not finished, at the most.
+    max_steps_in_flight: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data set and how it is augmented."""
+
+    # embedded, arrays, or a TFDS name such as cifar10.
+    name: str = "embedded"
+    # TFDS's data directory, or the .npz file of `arrays`.
+    data_dir: str = ""
+    augment: bool = True
+    crop_padding: int = 4
+    flip: bool = True
+    validation_fraction: float = 0.0
+    # Of streamed images; 0 for 224.
+    image_size: int = 0
+    num_workers: int = 0
+    # Of each channel, of pixels in [0, 1]; empty for the data set's own.
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long to train. One of num_steps and num_epochs is given, the other 0."""
+
+    batch_size: int = 128
+    num_steps: int = 0
+    num_epochs: float = 50.0
+    # Between two lines of training metrics.
+    log_every_steps: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation of every block's head on the whole test (and validation) set."""
+
+    every_epochs: float = 1.0
+    batch_size: int = 500
+    # How many of the last heads the log-softmax ensemble sums.
+    ensemble_last: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints: the latest, and the best by the last block's accuracy."""
+
+    # 0: once an epoch.
+    every_steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    seed: int = 0
+    method: MethodConfig = MethodConfig()
+    network: NetworkConfig = NetworkConfig()
+    partition: PartitionConfig = PartitionConfig()
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    placement: PlacementConfig = PlacementConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+# Sections that may change when a run is resumed: they change no number that is trained.
+_RESUMABLE_SECTIONS = ("placement", "eval", "checkpoint")
+
+_CHOICES = {
+    "method.name": ("backprop", "dgl"),
+    "partition.strategy": ("uniform", "explicit", "per_layer", "balanced"),
+    "partition.cost": ("flops", "time"),
+    "network.form": ("cifar", "tiny_imagenet", "imagenet"),
+    "network.dtype": ("float32", "bfloat16"),
+    "loss.name": ("cross_entropy",),
+    "optimizer.name": ("sgd", "adam"),
+    "optimizer.weight_decay_on": ("all", "kernels"),
+    "optimizer.schedule": ("constant", "step", "cosine"),
+    "optimizer.momentum_at_drop": ("keep", "reset"),
+    "placement.kind": ("fused", "pipelined"),
+}
+
+# The least value of a field, and whether that value itself is allowed.
+_MINIMUM = {
+    "seed": (0, True),
+    "network.width_factor": (0, False),
+    "network.dropout": (0, True),
+    "partition.num_blocks": (0, True),
+    "auxiliary.max_hidden": (0, True),
+    "loss.label_smoothing": (0, True),
+    "optimizer.learning_rate": (0, False),
+    "optimizer.momentum": (0, True),
+    "optimizer.b1": (0, True),
+    "optimizer.b2": (0, True),
+    "optimizer.weight_decay": (0, True),
+    "optimizer.drop_factor": (0, False),
+    "optimizer.min_learning_rate": (0, True),
+    "placement.num_devices": (0, True),
+    "placement.data_parallel": (1, True),
+    "placement.max_steps_in_flight": (1, True),
+    "data.crop_padding": (0, True),
+    "data.validation_fraction": (0, True),
+    "data.image_size": (0, True),
+    "data.num_workers": (0, True),
+    "train.batch_size": (1, True),
+    "train.num_steps": (0, True),
+    "train.num_epochs": (0, True),
+    "train.log_every_steps": (1, True),
+    "eval.every_epochs": (0, False),
+    "eval.batch_size": (1, True),
+    "eval.ensemble_last": (1, True),
+    "checkpoint.every_steps": (0, True),
+}
+
+_BELOW_ONE = (
+    "network.dropout",
+    "loss.label_smoothing",
+    "optimizer.momentum",
+    "optimizer.b1",
+    "optimizer.b2",
+    "data.validation_fraction",
+)
+
+
+def default_config(config_class: type = Config) -> config_dict.ConfigDict:
+    """Returns a ConfigDict with every field of the dataclass at its default."""
+    return config_dict.ConfigDict(dataclasses.asdict(config_class()))
+
+
+def check_field_name(name: str, config_class: type = Config) -> None:
+    """Checks a dotted field name, such as ``optimizer.learning_rate``.
+
+    Raises:
+      UserError: if there is no such field; the message has the closest names.
+    """
+    known = _leaf_names(config_class)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(
+            name, known, n=1, cutoff=0.3
+        )
+        hint = f"did you mean config.{close[0]}?" if close else "see dgl_jax/config.py"
+        raise UserError(f"config.{name} is not a known field; {hint}")
+
+
+def from_dict(mapping: Mapping[str, Any], config_class: type = Config) -> Any:
+    """Turns nested mappings (a ConfigDict, a loaded JSON) into checked frozen dataclasses.
+
+    Raises:
+      UserError: an unknown name, a wrong type, or a value out of range.
+    """
+    config = _build(config_class, dict(mapping), prefix="")
+    if config_class is Config:
+        _check_values(config)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `from_dict`; tuples become lists, as JSON has them."""
+    mapping = dataclasses.asdict(config)
+    return {
+        section: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        if isinstance(values, dict)
+        else values
+        for section, values in mapping.items()
+    }
+
+
+def check_same_run(config: Config, previous: Mapping[str, Any], workdir: str) -> None:
+    """Checks that a run's folder was made by the configuration that now wants to go on with it.
+
+    Args:
+      config: the present one.
+      previous: the folder's config.json, as loaded.
+      workdir: the folder, for the message.
+
+    Raises:
+      UserError: naming the first field that differs.
+    """
+    present = to_dict(config)
+    for name in _leaf_names(Config):
+        section, _, field = name.partition(".")
+        if section in _RESUMABLE_SECTIONS:
+            continue
+        now = present[section][field] if field else present[section]
+        then = previous.get(section)
+        then = then.get(field) if field and isinstance(then, Mapping) else then
+        if now != then:
+            raise UserError(
+                f"config.{name}={now!r}, but workdir={workdir} holds a run with {then!r}; "
+                "use that value to go on with it, or another --workdir"
+            )
+
+
+def _leaf_names(config_class: type, prefix: str = "") -> list[str]:
+    names = []
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(field.type):
+            names += _leaf_names(field.type, f"{prefix}{field.name}.")
+        else:
+            names.append(prefix + field.name)
+    return names
+
+
+def _build(config_class: type, mapping: dict[str, Any], prefix: str) -> Any:
+    fields = {field.name: field.type for field in dataclasses.fields(config_class)}
+    values = {}
+    for name, value in mapping.items():
+        if name not in fields:
+            check_field_name(prefix + name)
+        elif dataclasses.is_dataclass(fields[name]):
+            if not isinstance(value, Mapping):
+                raise UserError(
+                    f"config.{prefix}{name}={value!r} must be a group of fields; "
+                    f"set config.{prefix}{name}.FIELD"
+                )
+            values[name] = _build(fields[name], dict(value), f"{prefix}{name}.")
+        else:
+            values[name] = _convert(prefix + name, value, fields[name])
+    return config_class(**values)
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """Converts lists to tuples and ints to floats; anything else must fit exactly."""
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise UserError(f"config.{name}={value!r} must be a tuple; try ({value!r},)")
+        return tuple(_convert(name, item, typing.get_args(kind)[0]) for item in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(
+            f"config.{name}={value!r} must be of type {kind.__name__}, not {type(value).__name__}"
+        )
+    return value
+
+
+def _check_values(config: Config) -> None:
+    for name in _leaf_names(Config):
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise UserError(f"config.{name}={value!r} must be one of {', '.join(_CHOICES[name])}")
+        if name in _MINIMUM:
+            minimum, inclusive = _MINIMUM[name]
+            # Written so that NaN fails.
+            if not (value >= minimum if inclusive else value > minimum):
+                rule = "at least" if inclusive else "greater than"
+                raise UserError(f"config.{name}={value} must be {rule} {minimum}")
+        if name in _BELOW_ONE and not value < 1:
+            raise UserError(f"config.{name}={value} must be less than 1")
+    _check_together(config)
+
+
+def _check_together(config: Config) -> None:
+    train, partition, placement = config.train, config.partition, config.placement
+    if (train.num_steps > 0) == (train.num_epochs > 0):
+        raise UserError(
+            f"config.train.num_steps={train.num_steps} and config.train.num_epochs="
+            f"{train.num_epochs:g}: exactly one must be positive; set the other to 0"
+        )
+    if train.batch_size % placement.data_parallel:
+        smaller = train.batch_size // placement.data_parallel * placement.data_parallel
+        raise UserError(
+            f"config.train.batch_size={train.batch_size} must be divisible by "
+            f"config.placement.data_parallel={placement.data_parallel}; "
+            f"try {smaller or placement.data_parallel}"
+        )
+    if config.eval.batch_size % placement.data_parallel:
+        raise UserError(
+            f"config.eval.batch_size={config.eval.batch_size} must be divisible by "
+            f"config.placement.data_parallel={placement.data_parallel}; "
+            f"try {config.eval.batch_size // placement.data_parallel * placement.data_parallel}"
+        )
+    if placement.num_devices % placement.data_parallel:
+        raise UserError(
+            f"config.placement.num_devices={placement.num_devices} must be a multiple of "
+            f"config.placement.data_parallel={placement.data_parallel}"
+        )
+    if placement.kind == "fused" and placement.num_devices > placement.data_parallel:
+        raise UserError(
+            f"config.placement.num_devices={placement.num_devices}: a fused run uses "
+            f"config.placement.data_parallel={placement.data_parallel} devices; raise that, "
+            "or set config.placement.kind=pipelined"
+        )
+    if partition.strategy in ("uniform", "balanced") and partition.num_blocks < 1:
+        raise UserError(
+            f"config.partition.num_blocks={partition.num_blocks} must be at least 1 "
+            f"with config.partition.strategy={partition.strategy}"
+        )
+    if partition.cuts and partition.strategy not in ("explicit", "balanced"):
+        raise UserError(
+            f"config.partition.cuts={partition.cuts} is used with strategy explicit only; "
+            "set config.partition.strategy=explicit"
+        )
+    drops = config.optimizer.drop_epochs
+    if any(drop <= 0 for drop in drops) or list(drops) != sorted(set(drops)):
+        raise UserError(
+            f"config.optimizer.drop_epochs={drops} must be positive and strictly increasing"
+        )
+    for name in ("mean", "std"):
+        if any(not value > 0 for value in getattr(config.data, name)):
+            raise UserError(f"config.data.{name}={getattr(config.data, name)} must be positive")

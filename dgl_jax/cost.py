@@ -1,0 +1,176 @@
+"""What a block costs before it runs: FLOPs, parameters, bytes handed on; and memory after.
+
+FLOPs are XLA's own count of the forward pass, two a multiply-add.
+"""
+
+import dataclasses
+import math
+import resource
+import sys
+import time
+from typing import Any, Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dgl_jax.block import Block
+from dgl_jax.models.network import Network, apply_module, init_module
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCost:
+    """The cost of one block, for one example.
+
+    Attributes:
+      layers_flops: the forward pass of its layers.
+      head_flops: the forward pass of its head.
+      layers_parameters: the number of its layers' parameters.
+      head_parameters: of its head's.
+      activation_bytes: what it hands on to the next block.
+    """
+
+    layers_flops: float
+    head_flops: float
+    layers_parameters: int
+    head_parameters: int
+    activation_bytes: int
+
+
+def flops(fn: Callable, *args: Any) -> float:
+    """XLA's count of the floating-point operations of ``fn(*args)``; args may be shapes."""
+    analysis = jax.jit(fn).lower(*args).cost_analysis()
+    return float((analysis or {}).get("flops", 0.0))
+
+
+def count_parameters(params: Any) -> int:
+    """The number of scalars in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def block_costs(blocks: Sequence[Block], image_shape: Sequence[int]) -> list[BlockCost]:
+    """The cost of every block, without running anything.
+
+    Args:
+      blocks: of one network, in order.
+      image_shape: the shape of one example.
+    """
+    x = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    costs = []
+    for block in blocks:
+        layers_flops, layers_parameters = 0.0, 0
+        for layer in block.layers:
+            layer_flops, parameters, x = _module_cost(layer, x)
+            layers_flops += layer_flops
+            layers_parameters += parameters
+        head_flops, head_parameters, _ = _module_cost(block.head, x)
+        activation_bytes = math.prod(x.shape) * x.dtype.itemsize
+        costs.append(
+            BlockCost(
+                layers_flops, head_flops, layers_parameters, head_parameters, activation_bytes
+            )
+        )
+    return costs
+
+
+def aux_flops_ratios(costs: Sequence[BlockCost]) -> list[float]:
+    """FLOPs of each auxiliary head relative to the largest block's layers.
+
+    The last block has no auxiliary head: 0.
+
+    Source: DGL, Table 1, "flop count of the aux net relative to the largest module".
+    """
+    largest = max(cost.layers_flops for cost in costs)
+    return [cost.head_flops / largest for cost in costs[:-1]] + [0.0]
+
+
+def layer_and_head_costs(
+    network: Network, auxiliary_head: Any, image_shape: Sequence[int], batch_size: int, kind: str
+) -> tuple[list[float], list[float]]:
+    """What `partition.balanced_cuts` weighs: each layer, and the head that a cut would need.
+
+    Args:
+      network: layers and head.
+      auxiliary_head: the head of a block that ends before the last layer.
+      image_shape: the shape of one example.
+      batch_size: of the measurement; has no effect on ``flops``.
+      kind: ``flops`` (forward, one example) or ``time`` (seconds of a training pass, forward
+        and backward of one batch, measured on the first device).
+
+    Returns:
+      Two lists of L costs.
+    """
+    if kind == "flops":
+        shape = (1, *image_shape)
+
+        def measure(module, x):
+            return _module_cost(module, x)[0]
+    else:
+        shape = (batch_size, *image_shape)
+        measure = _training_seconds
+
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    layer_costs, head_costs = [], []
+    for place, layer in enumerate(network.layers):
+        is_last = place == len(network.layers) - 1
+        layer_costs.append(measure(layer, x))
+        x = _output_shape(layer, x)
+        head_costs.append(measure(network.head if is_last else auxiliary_head, x))
+    return layer_costs, head_costs
+
+
+def peak_memory_bytes() -> int:
+    """The most memory in use so far: of all local accelerators, or of this process on CPU."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return sum(stat["peak_bytes_in_use"] for stat in stats)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _variables(module: Any, x: jax.ShapeDtypeStruct) -> tuple[Any, Any]:
+    return jax.eval_shape(
+        lambda: init_module(module, jax.random.key(0), jnp.zeros(x.shape, x.dtype))
+    )
+
+
+def _output_shape(module: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    params, batch_stats = _variables(module, x)
+    run = lambda p, s, x: apply_module(module, p, s, x, train=False)[0]  # noqa: E731
+    return jax.eval_shape(run, params, batch_stats, x)
+
+
+def _module_cost(module: Any, x: jax.ShapeDtypeStruct) -> tuple[float, int, jax.ShapeDtypeStruct]:
+    """``(flops, parameters, output shape)`` of a module's forward pass."""
+    params, batch_stats = _variables(module, x)
+
+    def run(params, batch_stats, x):
+        return apply_module(module, params, batch_stats, x, train=False)[0]
+
+    return (
+        flops(run, params, batch_stats, x),
+        count_parameters(params),
+        jax.eval_shape(run, params, batch_stats, x),
+    )
+
+
+def _training_seconds(module: Any, x: jax.ShapeDtypeStruct, repeats: int = 5) -> float:
+    """The median time of a forward and a backward pass."""
+    key = jax.random.key(0)
+    x = jax.random.normal(key, x.shape, x.dtype)
+    params, batch_stats = jax.jit(lambda: init_module(module, key, x))()
+
+    @jax.jit
+    def run(params, x):
+        def output_sum(params, x):
+            y, _ = apply_module(module, params, batch_stats, x, train=True, key=key)
+            return jnp.sum(y.astype(jnp.float32))
+
+        return jax.grad(output_sum, argnums=(0, 1))(params, x)
+
+    jax.block_until_ready(run(params, x))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(params, x))
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[repeats // 2]

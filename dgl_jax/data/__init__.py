@@ -1,0 +1,162 @@
+"""Data: ``load_dataset(...)`` gives a `Dataset`, whose ``batch_at(step)`` is a function of (seed, step).
+
+Small sets lie whole on the device and are augmented there (`in_memory`); large ones are read,
+decoded and cropped on the host by grain (`streaming`). Both give the same `Dataset`.
+"""
+
+import jax
+
+from dgl_jax.data import (
+    in_memory,
+    shardings,
+    sources,
+    statistics,
+    streaming,
+    tfds_source,
+)
+from dgl_jax.data.dataset import Dataset
+from dgl_jax.errors import UserError
+
+__all__ = ["Dataset", "load_dataset"]
+
+_STREAMING_IMAGE_SIZE = 224
+
+
+def load_dataset(
+    *,
+    name: str,
+    data_dir: str = "",
+    batch_size: int,
+    eval_batch_size: int,
+    seed: int,
+    validation_fraction: float = 0.0,
+    augment: bool = True,
+    crop_padding: int = 4,
+    flip: bool = True,
+    image_size: int = 0,
+    num_workers: int = 0,
+    streaming: bool | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+    sharding: jax.sharding.Sharding | None = None,
+) -> Dataset:
+    """Opens a data set.
+
+    Args:
+      name: "embedded" (a part of Fashion-MNIST that ships with the package), "arrays" (the
+        user's own .npz), or a prepared TFDS set: "cifar10", "imagenette/320px-v2" ...
+      data_dir: the folder of prepared TFDS sets, or the path of the .npz of "arrays".
+      batch_size: training examples a step, over all devices together.
+      eval_batch_size: examples an evaluation batch, over all devices together.
+      seed: in [0, 2**32); decides the validation split, the order and the augmentation.
+      validation_fraction: the share of the training examples held out, in [0, 1).
+      augment: whether training images are cropped (and flipped, if ``flip``) at random.
+      crop_padding: black pixels added on each side before a random crop; 0 for none. For sets in
+        memory; streamed ones are cropped by random resized crops.
+      flip: whether augmentation mirrors half of the images left to right.
+      image_size: pixels a side, of streamed images; 0 for 224. A set in memory has its own size.
+      num_workers: processes that decode streamed images; 0 decodes in threads of this one.
+      streaming: True streams, False holds the set in memory, None lets the set's size decide
+        (in memory up to 2 GiB, if its images are all of one shape).
+      mean: one number a channel, of pixels scaled to [0, 1]; () for the set's own.
+      std: as ``mean``; () for the set's own.
+      sharding: where the batches go: a NamedSharding whose first axis is the batch's, or a
+        SingleDeviceSharding; None for the default device.
+
+    Returns:
+      The data set.
+
+    Raises:
+      UserError: on a value out of range, and on a set that is missing, half prepared or unfit.
+    """
+    _check_numbers(batch_size, eval_batch_size, seed, validation_fraction)
+    _check_sizes(crop_padding, image_size, num_workers)
+    sharding = sharding if sharding is not None else shardings.default_sharding()
+    shardings.check_divisible("batch_size", batch_size, sharding)
+    shardings.check_divisible("eval_batch_size", eval_batch_size, sharding)
+    common = {
+        "batch_size": batch_size,
+        "eval_batch_size": eval_batch_size,
+        "seed": seed,
+        "validation_fraction": validation_fraction,
+        "augment": augment,
+        "flip": flip,
+        "sharding": sharding,
+    }
+    if name not in sources.ARRAY_SOURCES:
+        tfds_set = tfds_source.find_set(name, data_dir)
+        if streaming is None:
+            streaming = not tfds_source.fits_in_memory(tfds_set)
+        if streaming:
+            channels = tfds_set.image_shape[2]
+            return _streaming_dataset(
+                tfds_set,
+                image_size=image_size or _STREAMING_IMAGE_SIZE,
+                num_workers=num_workers,
+                mean_and_std=statistics.choose(tfds_set.name, channels, mean, std, None),
+                **common,
+            )
+        arrays = tfds_source.read_arrays(tfds_set)
+    elif streaming:
+        raise UserError(
+            f"streaming=True needs a TFDS set, not name={name}; leave streaming unset for {name}"
+        )
+    else:
+        arrays = sources.ARRAY_SOURCES[name](data_dir)
+
+    height, width, channels = arrays.image_shape
+    if image_size not in (0, height):
+        raise UserError(
+            f"image_size={image_size} must be 0 or {height}, the stored size, for name={name} held"
+            f" in memory; use streaming=True, or leave image_size at 0"
+        )
+    if crop_padding >= min(height, width):
+        raise UserError(
+            f"crop_padding={crop_padding} must be less than the image's side"
+            f" {min(height, width)}; try {min(height, width) // 8}"
+        )
+    return in_memory.make_dataset(
+        arrays,
+        crop_padding=crop_padding,
+        statistics=statistics.choose(arrays.name, channels, mean, std, arrays.train_images),
+        **common,
+    )
+
+
+def _streaming_dataset(tfds_set, *, mean_and_std, **kwargs) -> Dataset:
+    return streaming.make_dataset(
+        name=tfds_set.name,
+        num_classes=tfds_set.num_classes,
+        channels=tfds_set.image_shape[2],
+        train_source=tfds_source.EncodedImages(str(tfds_set.directory), "train"),
+        test_source=tfds_source.EncodedImages(str(tfds_set.directory), tfds_set.test_split),
+        statistics=mean_and_std,
+        **kwargs,
+    )
+
+
+def _check_numbers(
+    batch_size: int, eval_batch_size: int, seed: int, validation_fraction: float
+) -> None:
+    for key, value in (
+        ("batch_size", batch_size),
+        ("eval_batch_size", eval_batch_size),
+    ):
+        if value < 1:
+            raise UserError(f"{key}={value} must be at least 1; try 128")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} must be in [0, 2**32); try 0")
+    if not 0.0 <= validation_fraction < 1.0:
+        raise UserError(
+            f"validation_fraction={validation_fraction} must be in [0, 1); try 0.1, or 0 for none"
+        )
+
+
+def _check_sizes(crop_padding: int, image_size: int, num_workers: int) -> None:
+    for key, value, advice in (
+        ("crop_padding", crop_padding, "try 4, or 0 for none"),
+        ("image_size", image_size, "try 224, or 0 for the default"),
+        ("num_workers", num_workers, "try 0 for none"),
+    ):
+        if value < 0:
+            raise UserError(f"{key}={value} must not be negative; {advice}")

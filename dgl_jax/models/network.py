@@ -1,0 +1,97 @@
+"""A network is a sequence of layers and a head; here is how one module runs.
+
+This is the seam to flax: outside ``models/`` and ``auxiliary.py`` a module is only ever
+handed to `init_module` and `apply_module`.
+"""
+
+import dataclasses
+import inspect
+
+import flax.linen as nn
+import jax
+
+from dgl_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A sequence of layers (the smallest units at which it may be cut) and a head.
+
+    A user's own model is just ``Network("mine", (layer, layer, ...), head)``. Layers
+    and head are flax.linen modules; ``__call__(x)`` or ``__call__(x, train)``.
+
+    Attributes:
+      name: what the network is called in summaries.
+      layers: modules, each mapping [B, ...] to [B, ...].
+      head: the module that maps the last layer's output to logits [B, num_classes].
+    """
+
+    name: str
+    layers: tuple[nn.Module, ...]
+    head: nn.Module
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+
+
+def _train_argument(module: nn.Module, train: bool) -> dict[str, bool]:
+    """Modules without a ``train`` argument (nn.Dense, a user's own) are called without it."""
+    has_train = "train" in inspect.signature(type(module).__call__).parameters
+    return {"train": train} if has_train else {}
+
+
+def init_module(module: nn.Module, key: jax.Array, x: jax.Array) -> tuple[Params, Params]:
+    """Initialises one module.
+
+    Args:
+      module: a flax.linen module.
+      key: a typed random key.
+      x: an example input, [B, ...].
+
+    Returns:
+      ``(params, batch_stats)``; an empty dict where the module has none.
+
+    Raises:
+      ValueError: if the module has variables of another kind than these two.
+    """
+    variables = dict(module.init(key, x, **_train_argument(module, False)))
+    params = variables.pop("params", {})
+    batch_stats = variables.pop("batch_stats", {})
+    if variables:
+        raise ValueError(
+            f"module={type(module).__name__} has variables {sorted(variables)}: only 'params' "
+            "and 'batch_stats' are supported; keep other state outside the module"
+        )
+    return params, batch_stats
+
+
+def apply_module(
+    module: nn.Module,
+    params: Params,
+    batch_stats: Params,
+    x: jax.Array,
+    *,
+    train: bool,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Params]:
+    """Runs one module.
+
+    Args:
+      module: a flax.linen module.
+      params: its parameters.
+      batch_stats: its BatchNorm statistics.
+      x: its input, [B, ...].
+      train: whether BatchNorm uses (and updates) the batch's statistics and dropout drops.
+      key: the random key of dropout; needed only in training with dropout.
+
+    Returns:
+      ``(y, batch_stats)``; the statistics are the given ones where ``train`` is false.
+    """
+    variables = {"params": params, "batch_stats": batch_stats}
+    rngs = {} if key is None else {"dropout": key}
+    if not train:
+        return module.apply(variables, x, **_train_argument(module, False)), batch_stats
+    y, updated = module.apply(
+        variables, x, **_train_argument(module, True), rngs=rngs, mutable=["batch_stats"]
+    )
+    return y, updated.get("batch_stats", batch_stats)

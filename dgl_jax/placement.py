@@ -1,0 +1,90 @@
+"""Which devices a block lives on: meshes and shardings."""
+
+import dataclasses
+from typing import Sequence
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dgl_jax.config import PlacementConfig
+from dgl_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlacement:
+    """Where one block's arrays go.
+
+    Attributes:
+      batch: activations, images and labels: split over the mesh along their first axis.
+      state: parameters, statistics, optimizer state, random keys: on every device.
+    """
+
+    batch: NamedSharding
+    state: NamedSharding
+
+    @property
+    def devices(self) -> tuple[jax.Device, ...]:
+        return tuple(self.state.mesh.devices.flat)
+
+
+def make_placements(
+    config: PlacementConfig, num_blocks: int, devices: Sequence[jax.Device] | None = None
+) -> tuple[BlockPlacement, ...]:
+    """Deals devices to blocks.
+
+    Fused: all blocks on one mesh of ``data_parallel`` devices. Pipelined: the devices form
+    groups of ``data_parallel``, and consecutive blocks share a group when there are fewer
+    groups than blocks.
+
+    Args:
+      config: what the user asked for.
+      num_blocks: K.
+      devices: those to choose from; all of this host's by default.
+
+    Returns:
+      One placement a block.
+
+    Raises:
+      UserError: if there are too few devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    wanted = config.num_devices or config.data_parallel
+    if wanted > len(devices):
+        name = "num_devices" if config.num_devices else "data_parallel"
+        raise UserError(
+            f"config.placement.{name}={wanted} exceeds the {len(devices)} "
+            f"{devices[0].platform} device(s) at hand; try {len(devices)}"
+        )
+    if config.kind == "fused":
+        num_groups = 1
+    else:
+        num_groups = (config.num_devices or len(devices)) // config.data_parallel
+    num_groups = min(num_groups, num_blocks)
+    groups = [
+        devices[group * config.data_parallel : (group + 1) * config.data_parallel]
+        for group in range(num_groups)
+    ]
+    placements = [_place(group) for group in groups]
+    return tuple(placements[block * num_groups // num_blocks] for block in range(num_blocks))
+
+
+def request_cpu_devices(config: PlacementConfig) -> None:
+    """On a host without accelerators, makes the CPU appear as as many devices as asked for.
+
+    Must run before anything touches a device; later it has no effect.
+    """
+    wanted = max(config.num_devices, config.data_parallel)
+    if wanted > 1:
+        try:
+            jax.config.update("jax_num_cpu_devices", wanted)
+        except RuntimeError:  # Devices exist already; make_placements checks their number.
+            pass
+
+
+def _place(devices: Sequence[jax.Device]) -> BlockPlacement:
+    # Auto axes: the compiler spreads a block's program over its mesh. jax.make_mesh's default,
+    # Explicit, would make the shardings of outputs compare unequal to those of inputs.
+    mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    return BlockPlacement(
+        batch=NamedSharding(mesh, PartitionSpec("data")), state=NamedSharding(mesh, PartitionSpec())
+    )

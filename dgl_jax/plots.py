@@ -1,0 +1,88 @@
+"""Pictures of a run: learning curves per block, and accuracy by depth."""
+
+import json
+import os
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+from dgl_jax.metrics import read_metrics
+
+_STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "figure.dpi": 120,
+    "savefig.bbox": "tight",
+}
+
+
+def plot_run(workdir: str) -> None:
+    """Draws learning_curves.png and accuracy_by_depth.png from a run's metrics and summary."""
+    with open(os.path.join(workdir, "summary.json")) as file:
+        summary = json.load(file)
+    lines = read_metrics(os.path.join(workdir, "metrics.jsonl"))
+    matplotlib.use("Agg")
+    with plt.rc_context(_STYLE):
+        _plot_learning_curves(workdir, summary, lines)
+        _plot_accuracy_by_depth(workdir, summary, lines)
+
+
+def _plot_learning_curves(workdir: str, summary: dict, lines: list[dict]) -> None:
+    figure, (loss_axes, accuracy_axes) = plt.subplots(1, 2, figsize=(11, 4))
+    steps_per_epoch = summary["steps"] / summary["epochs"]
+    for block in range(summary["num_blocks"]):
+        color = _color(block, summary["num_blocks"])
+        for axes, name, scale in ((loss_axes, "loss", 1), (accuracy_axes, "top1", 100)):
+            for split, style in (("train", {"alpha": 0.35}), ("test", {"marker": "o", "ms": 3})):
+                key = f"{split}/block_{block}/{name}"
+                points = [
+                    (line["step"] / steps_per_epoch, scale * line[key])
+                    for line in lines
+                    if key in line
+                ]
+                label = f"block {block}" if split == "test" else None
+                axes.plot(*zip(*points), color=color, label=label, **style)
+    loss_axes.set(xlabel="epoch", ylabel="local loss (train: faint, test: dots)")
+    accuracy_axes.set(xlabel="epoch", ylabel="top-1 accuracy, %")
+    accuracy_axes.legend(frameon=False, fontsize="small", ncols=1 + summary["num_blocks"] // 9)
+    figure.suptitle(_title(summary))
+    figure.savefig(os.path.join(workdir, "learning_curves.png"))
+    plt.close(figure)
+
+
+def _plot_accuracy_by_depth(workdir: str, summary: dict, lines: list[dict]) -> None:
+    """One curve an evaluation, from light (early) to dark (late): Figure 4 of the DGL paper."""
+    figure, axes = plt.subplots(figsize=(6, 4))
+    evaluations = [line for line in lines if "test/block_0/top1" in line]
+    shown = evaluations[:: max(1, len(evaluations) // 8)]
+    if shown[-1] is not evaluations[-1]:
+        shown.append(evaluations[-1])
+    steps_per_epoch = summary["steps"] / summary["epochs"]
+    blocks = range(summary["num_blocks"])
+    for place, line in enumerate(shown):
+        accuracies = [100 * line[f"test/block_{block}/top1"] for block in blocks]
+        axes.plot(
+            blocks,
+            accuracies,
+            "o-",
+            color=plt.get_cmap("viridis_r")((place + 1) / len(shown)),
+            label=f"epoch {line['step'] / steps_per_epoch:.3g}",
+        )
+    axes.set(xlabel="block", ylabel="test top-1 accuracy, %", xticks=list(blocks))
+    axes.legend(frameon=False, fontsize="small")
+    axes.set_title(_title(summary))
+    figure.savefig(os.path.join(workdir, "accuracy_by_depth.png"))
+    plt.close(figure)
+
+
+def _title(summary: dict) -> str:
+    return (
+        f"{summary['method']}, {summary['network']} on {summary['dataset']}, "
+        f"{summary['num_blocks']} block(s)"
+    )
+
+
+def _color(block: int, num_blocks: int):
+    return plt.get_cmap("viridis")(0.9 * block / max(1, num_blocks - 1))

@@ -1,0 +1,286 @@
+"""A training run from beginning to end."""
+
+import hashlib
+import json
+import os
+import time
+from typing import Any, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import auto as tqdm
+
+from dgl_jax import checkpoint, cost, evaluation, metrics, placement, plots
+from dgl_jax.auxiliary import make_auxiliary
+from dgl_jax.config import Config, check_same_run, to_dict
+from dgl_jax.data import Dataset, load_dataset
+from dgl_jax.errors import UserError
+from dgl_jax.losses import make_loss_fn
+from dgl_jax.methods import METHODS
+from dgl_jax.models import check_image_shape, make_network
+from dgl_jax.models.network import Network
+from dgl_jax.optim import make_optimizer, make_schedule
+from dgl_jax.partition import balanced_cuts, explicit_cuts, per_layer_cuts, uniform_cuts
+from dgl_jax.pipeline import init_states, make_runner
+
+
+def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
+    """Trains a network as decoupled blocks; goes on where a killed run stopped.
+
+    Args:
+      config: what to train.
+      workdir: the run's folder; gets config.json, metrics.jsonl, TensorBoard events,
+        checkpoints, plots and summary.json.
+
+    Returns:
+      The summary, as in summary.json.
+
+    Raises:
+      UserError: a mistake in the configuration, or a loss that is not finite.
+    """
+    start_time = time.perf_counter()
+
+    # ---- Data, on the devices of the first block.
+    placement.request_cpu_devices(config.placement)
+    first_placement = placement.make_placements(config.placement, num_blocks=1)[0]
+    dataset = _load_dataset(config, first_placement.batch)
+    steps_per_epoch = dataset.steps_per_epoch
+    num_steps = config.train.num_steps or round(config.train.num_epochs * steps_per_epoch)
+    eval_every = max(1, round(config.eval.every_epochs * steps_per_epoch))
+    checkpoint_every = config.checkpoint.every_steps or steps_per_epoch
+
+    # ---- Network, cuts, blocks.
+    dtype = jnp.bfloat16 if config.network.dtype == "bfloat16" else None
+    network = make_network(
+        config.network.name,
+        dataset.num_classes,
+        form=config.network.form,
+        width_factor=config.network.width_factor,
+        dropout=config.network.dropout,
+        dtype=dtype,
+    )
+    check_image_shape(network, dataset.image_shape)
+    head = make_auxiliary(
+        config.auxiliary.name,
+        dataset.num_classes,
+        max_hidden=config.auxiliary.max_hidden,
+        dtype=dtype,
+    )
+    os.makedirs(workdir, exist_ok=True)
+    config_path = os.path.join(workdir, "config.json")
+    if os.path.exists(config_path):
+        with open(config_path) as file:
+            previous = json.load(file)
+        check_same_run(config, previous, workdir)
+        cuts = tuple(previous["resolved"]["cuts"])  # Measured costs may differ by now.
+    else:
+        cuts = choose_cuts(config, network, head, dataset.image_shape)
+    method = METHODS[config.method.name](network, cuts, head, make_loss_fn(config.loss))
+    num_blocks = len(method.blocks)
+
+    # ---- States and programs, where the blocks live.
+    placements = placement.make_placements(config.placement, num_blocks)
+    optimizer = make_optimizer(config.optimizer, num_steps, steps_per_epoch)
+    key = jax.random.key(config.seed)
+    states = init_states(method, optimizer, key, dataset.image_shape, placements)
+    runner = make_runner(config.placement, method, optimizer, key, placements)
+    evaluate = evaluation.make_evaluate(
+        runner.logits, placements[-1].batch, config.eval.ensemble_last
+    )
+
+    # ---- The run's folder; what is there already is gone on with.
+    checkpoint.check_disk_space(workdir, states)
+    resolved = {"cuts": list(cuts), "num_steps": num_steps, "steps_per_epoch": steps_per_epoch}
+    config_json = json.dumps(to_dict(config) | {"resolved": resolved}, indent=2)
+    metrics.write_atomically(config_path, config_json)
+    checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
+    step, record = 0, {"wall_seconds": 0.0, "train_seconds": 0.0, "timed_steps": 0}
+    restored = checkpoint.restore_latest(checkpointer, states)
+    if restored is not None:
+        step, states, record = restored
+    writer = metrics.MetricsWriter(workdir, first_step=step)
+    batch_size = config.train.batch_size
+    bar = tqdm.tqdm(
+        total=num_steps * batch_size,
+        initial=step * batch_size,
+        unit="img",
+        unit_scale=True,
+        desc=config.method.name,
+        disable=None,  # Quiet where stderr is no terminal.
+    )
+    schedule = make_schedule(config.optimizer, num_steps, steps_per_epoch)
+    log = metrics.TrainingLog(
+        writer,
+        bar,
+        every_steps=config.train.log_every_steps,
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        learning_rates=np.asarray(jax.vmap(schedule)(jnp.arange(num_steps))),
+    )
+
+    splits = ("test", "validation") if dataset.num_validation else ("test",)
+
+    def evaluate_all(step):
+        results = {split: evaluate(states, dataset.eval_batches(split)) for split in splits}
+        for split, means in results.items():
+            writer.write(step, _flat_names(split, means))
+        return results
+
+    def wall_seconds():
+        return record["wall_seconds"] + time.perf_counter() - start_time
+
+    # ---- The loop. The host only dispatches; the guard proves that nothing crosses between
+    # host and devices unasked.
+    results = None
+    clock, clock_step = None, step
+    with checkpointer, jax.transfer_guard("disallow"):
+        while step < num_steps:
+            states, step_metrics = runner.step(states, dataset.batch_at(step))
+            step += 1
+            log.append(step, step_metrics)
+            if clock is None:  # Timing starts when the step that compiles is done.
+                jax.block_until_ready(step_metrics)
+                clock, clock_step = time.perf_counter(), step
+            is_eval = step % eval_every == 0 or step == num_steps
+            is_checkpoint = step % checkpoint_every == 0 or step == num_steps
+            if is_eval or is_checkpoint:
+                log.flush()
+                record["train_seconds"] += time.perf_counter() - clock
+                record["timed_steps"] += step - clock_step
+                results = evaluate_all(step) if is_eval else None
+                if is_checkpoint:
+                    _check_finite(states, step)
+                    checkpoint.save(
+                        checkpointer,
+                        step,
+                        states,
+                        top1=results[splits[-1]]["top1"][-1] if is_eval else None,
+                        record=record | {"wall_seconds": wall_seconds()},
+                    )
+                clock, clock_step = time.perf_counter(), step
+        if results is None:  # The run had been killed after its last checkpoint.
+            results = evaluate_all(step)
+        checkpointer.wait()
+        best_step = checkpoint.best_step(checkpointer)
+    bar.close()
+    writer.close()
+
+    # ---- What came of it.
+    costs = cost.block_costs(method.blocks, dataset.image_shape)
+    summary = {
+        "finished": True,
+        "method": config.method.name,
+        "dataset": config.data.name,
+        "network": config.network.name,
+        "auxiliary": config.auxiliary.name,
+        "num_blocks": num_blocks,
+        "cuts": list(cuts),
+        "placement": config.placement.kind,
+        "seed": config.seed,
+        "steps": num_steps,
+        "epochs": num_steps / steps_per_epoch,
+        "batch_size": batch_size,
+        "test_top1": results["test"]["top1"],
+        "test_top5": results["test"]["top5"],
+        "test_loss": results["test"]["loss"],
+        "ensemble_top1": results["test"]["ensemble_top1"],
+        "ensemble_last_top1": results["test"]["ensemble_last_top1"],
+        "validation_top1": results.get("validation", {}).get("top1"),
+        "best_step": best_step,
+        "train_examples_per_second": (
+            record["timed_steps"] * batch_size / record["train_seconds"]
+            if record["train_seconds"]
+            else None
+        ),
+        "wall_seconds": wall_seconds(),
+        "compile_seconds": metrics.compile_seconds(),
+        "peak_memory_bytes": cost.peak_memory_bytes(),
+        "aux_flops_ratio": cost.aux_flops_ratios(costs),
+        "block_flops": [block.layers_flops for block in costs],
+        "head_flops": [block.head_flops for block in costs],
+        "parameters": sum(block.layers_parameters + block.head_parameters for block in costs),
+        "params_sha256": params_sha256(states),
+        "jax_version": jax.__version__,
+        "device_kind": placements[0].devices[0].device_kind,
+        "num_devices": len({device for where in placements for device in where.devices}),
+    }
+    metrics.write_atomically(
+        os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n"
+    )
+    plots.plot_run(workdir)
+    return summary
+
+
+def choose_cuts(
+    config: Config, network: Network, auxiliary_head: Any, image_shape: Sequence[int]
+) -> tuple[int, ...]:
+    """The cuts that ``config.partition`` asks for."""
+    num_layers, partition = len(network.layers), config.partition
+    if config.method.name == "backprop":
+        return ()
+    if partition.strategy == "explicit":
+        return explicit_cuts(num_layers, partition.cuts)
+    if partition.strategy == "uniform":
+        return uniform_cuts(num_layers, partition.num_blocks)
+    if partition.strategy == "per_layer":
+        return per_layer_cuts(num_layers)
+    layer_costs, head_costs = cost.layer_and_head_costs(
+        network, auxiliary_head, image_shape, config.train.batch_size, partition.cost
+    )
+    return balanced_cuts(layer_costs, head_costs, partition.num_blocks)
+
+
+def params_sha256(states: Any) -> str:
+    """SHA-256 of all parameters' and statistics' bytes in tree order: to compare two runs."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves([(state.params, state.batch_stats) for state in states]):
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+def _load_dataset(config: Config, sharding: jax.sharding.Sharding) -> Dataset:
+    data = config.data
+    return load_dataset(
+        name=data.name,
+        data_dir=data.data_dir,
+        batch_size=config.train.batch_size,
+        eval_batch_size=config.eval.batch_size,
+        seed=config.seed,
+        validation_fraction=data.validation_fraction,
+        augment=data.augment,
+        crop_padding=data.crop_padding,
+        flip=data.flip,
+        image_size=data.image_size,
+        num_workers=data.num_workers,
+        mean=data.mean,
+        std=data.std,
+        sharding=sharding,
+    )
+
+
+def _flat_names(split: str, means: dict[str, Any]) -> dict[str, float]:
+    """``test/block_0/top1``, and ``test/ensemble_top1`` for what is not one a block."""
+    flat = {}
+    for name, value in means.items():
+        if isinstance(value, list):
+            flat |= {f"{split}/block_{block}/{name}": item for block, item in enumerate(value)}
+        else:
+            flat[f"{split}/{name}"] = value
+    return flat
+
+
+@jax.jit
+def _all_finite(state: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
+
+
+def _check_finite(states: Any, step: int) -> None:
+    """An update can overflow although its loss was finite; such a state is not saved."""
+    for block, state in enumerate(states):
+        if not jax.device_get(_all_finite(state)):
+            raise UserError(
+                f"block_{block}'s parameters at step {step} are not finite; the last good "
+                "checkpoint is kept; try a lower config.optimizer.learning_rate"
+            )

@@ -1,0 +1,58 @@
+"""What flows through the project: a batch, a block's state, a block step's output.
+
+All three are frozen pytrees that hold arrays only: no functions, no stored random keys.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+
+Params = Any  # A pytree of arrays.
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Batch:
+    """One mini-batch.
+
+    Attributes:
+      images: float32 [B, H, W, C], normalised and augmented.
+      labels: int32 [B].
+    """
+
+    images: jax.Array
+    labels: jax.Array
+
+
+@flax.struct.dataclass
+class BlockState:
+    """Everything that one block's training changes.
+
+    Attributes:
+      step: int32 scalar, the number of updates made.
+      params: {"layers": (one tree a layer, ...), "head": tree}.
+      batch_stats: the same structure, BatchNorm's running statistics.
+      opt_state: the state of the block's own optax transformation.
+    """
+
+    step: jax.Array
+    params: Params
+    batch_stats: Params
+    opt_state: Any
+
+
+@flax.struct.dataclass
+class StepOutput:
+    """What one block step returns.
+
+    Attributes:
+      state: the block's next state.
+      activations: float [B, ...], the input of the next block, computed with the
+        parameters *before* the update (Algorithm 1, line 4). No gradient flows through.
+      metrics: scalars: ``loss``, ``top1`` ...
+    """
+
+    state: BlockState
+    activations: jax.Array
+    metrics: Metrics

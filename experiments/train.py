@@ -1,0 +1,20 @@
+"""Trains a network as decoupled blocks.
+
+python experiments/train.py --config=experiments/configs/quickstart.py --workdir=runs/quickstart \
+    [--config.FIELD=VALUE ...]
+
+The same command goes on with a run that was stopped.
+"""
+
+from dgl_jax import cli
+from dgl_jax.config import Config
+from dgl_jax.tables import accuracy_table
+from dgl_jax.train import train_and_evaluate
+
+
+def main(config: Config, workdir: str) -> None:
+    print(accuracy_table([train_and_evaluate(config, workdir)]))
+
+
+if __name__ == "__main__":
+    cli.run(main)

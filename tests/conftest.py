@@ -1,0 +1,63 @@
+"""Eight CPU devices, strict ranks, and small networks and data for every test."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from dgl_jax.models.network import Network  # noqa: E402
+from dgl_jax.types import Batch  # noqa: E402
+
+
+class SmallLayer(nn.Module):
+    """Conv 3x3, BatchNorm, ReLU: a user's own layer."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(self.features, (3, 3), use_bias=False)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)(x)
+        return nn.relu(x)
+
+
+class SmallHead(nn.Module):
+    """Global average pool and a linear layer: a user's own head, with no train argument."""
+
+    num_classes: int = 4
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))
+
+
+@pytest.fixture
+def small_network() -> Network:
+    """Four layers on 6x6x2 images, four classes."""
+    return Network("small", [SmallLayer(c) for c in (3, 4, 4, 5)], SmallHead())
+
+
+@pytest.fixture
+def small_head() -> nn.Module:
+    return SmallHead()
+
+
+@pytest.fixture
+def small_batches() -> list[Batch]:
+    """Twenty batches of eight 6x6x2 images in four classes."""
+    rng = np.random.default_rng(0)
+    return [
+        Batch(
+            rng.standard_normal((8, 6, 6, 2), dtype=np.float32),
+            rng.integers(0, 4, 8).astype(np.int32),
+        )
+        for _ in range(20)
+    ]

@@ -1,0 +1,123 @@
+"""The auxiliary heads: pooling, cost, what they accept, and the suite of every head."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dgl_jax.auxiliary import AUXILIARY, make_auxiliary
+from dgl_jax.errors import UserError
+from dgl_jax.models.layers import adaptive_avg_pool
+from dgl_jax.models.network import apply_module, init_module
+
+
+def _adaptive_avg_pool_by_loops(x, out_height, out_width):
+    batch, height, width, channels = x.shape
+    y = np.zeros((batch, out_height, out_width, channels))
+    for i in range(out_height):
+        for j in range(out_width):
+            rows = slice(i * height // out_height, -((i + 1) * height // -out_height))
+            columns = slice(j * width // out_width, -((j + 1) * width // -out_width))
+            y[:, i, j] = x[:, rows, columns].mean((1, 2))
+    return y
+
+
+@pytest.mark.parametrize(
+    ("size", "out_size"),
+    [((8, 8), (2, 2)), ((14, 14), (4, 4)), ((7, 5), (2, 2)), ((7, 8), (3, 2)), ((3, 3), (3, 2))],
+)
+def test_adaptive_avg_pool(size, out_size):
+    x = np.random.default_rng(0).standard_normal((2, *size, 3)).astype(np.float32)
+    pooled = adaptive_avg_pool(jnp.asarray(x), out_size)
+    np.testing.assert_allclose(pooled, _adaptive_avg_pool_by_loops(x, *out_size), atol=1e-6)
+
+
+def test_adaptive_avg_pool_does_not_enlarge():
+    x = jnp.arange(6.0).reshape(1, 1, 3, 2)
+    assert adaptive_avg_pool(x, (2, 5)).shape == (1, 1, 3, 2)
+    np.testing.assert_array_equal(adaptive_avg_pool(x, (2, 5)), x)
+
+
+def _kernel_shapes(name, size, channels, **options):
+    """The shapes of a head's kernels on [1, size, size, channels], 10 classes, in order."""
+    head = make_auxiliary(name, 10, **options)
+    x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+    params, _ = jax.eval_shape(lambda x: init_module(head, jax.random.key(0), x), x)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return sorted(leaf.shape for path, leaf in leaves if "kernel" in str(path[-1]))
+
+
+def _multiplications(name, size, channels, positions, **options):
+    """Of one example: a convolution's kernel is used at ``positions``, a matrix once."""
+    return sum(
+        int(np.prod(shape)) * (positions if len(shape) == 4 else 1)
+        for shape in _kernel_shapes(name, size, channels, **options)
+    )
+
+
+# The largest layers of DGL's 6-layer network: 3x3, 256 to 256 at 16x16, and 512 to 512 at 8x8.
+LARGEST_LAYER = 9 * 256 * 256 * 16 * 16
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "positions", "per_cent"),
+    [
+        # Two convolutions like the layer itself: 200 % (and 0.01 % for the linear layer).
+        ("cnn", 16, 256, 16 * 16, 200.0),
+        # 3 * 1024^2 + 1024 * 10.
+        ("mlp", 16, 256, 0, 2.1),
+        # 3 * 256^2 * 4 * 4 more.
+        ("mlp_sr", 16, 256, 4 * 4, 4.2),
+        # 3 * 2048^2 + 2048 * 10.
+        ("mlp", 8, 512, 0, 8.3),
+        # 3 * 512^2 * 2 * 2 more.
+        ("mlp_sr", 8, 512, 2 * 2, 10.4),
+    ],
+)
+def test_cost_relative_to_the_largest_layer(name, size, channels, positions, per_cent):
+    # REFERENCE section 1.2's arithmetic; the paper's own rule is "below 5 %".
+    assert LARGEST_LAYER == 150_994_944
+    cost = 100 * _multiplications(name, size, channels, positions) / LARGEST_LAYER
+    assert cost == pytest.approx(per_cent, abs=0.06)
+
+
+def test_kernel_shapes():
+    hidden = [(4 * 6, 4 * 6)] * 3 + [(4 * 6, 10)]
+    assert _kernel_shapes("cnn", 8, 6) == sorted([(3, 3, 6, 6)] * 2 + [(4 * 6, 10)])
+    assert _kernel_shapes("mlp", 8, 6) == sorted(hidden)
+    assert _kernel_shapes("mlp_sr", 8, 6) == sorted([(1, 1, 6, 6)] * 3 + hidden)
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp_sr"])
+def test_max_hidden(name):
+    capped = [shape for shape in _kernel_shapes(name, 8, 6, max_hidden=5) if len(shape) == 2]
+    assert capped == sorted([(24, 5), (5, 5), (5, 5), (5, 10)])
+    assert _kernel_shapes(name, 8, 6, max_hidden=100) == _kernel_shapes(name, 8, 6)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6)])
+def test_activations_without_height_and_width(shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    head = make_auxiliary("mlp", 10)
+    params, batch_stats = init_module(head, jax.random.key(1), x)
+    logits, _ = apply_module(head, params, batch_stats, x, train=False)
+    assert logits.shape == (4, 10)
+    for name in ("cnn", "mlp_sr"):
+        with pytest.raises(UserError, match="use auxiliary.name=mlp"):
+            init_module(make_auxiliary(name, 10), jax.random.key(1), x)
+
+
+def test_errors():
+    with pytest.raises(UserError, match="auxiliary.name=mlpsr is unknown; choose one of cnn, mlp"):
+        make_auxiliary("mlpsr", 10)
+    with pytest.raises(UserError, match="auxiliary.max_hidden=8 does not apply"):
+        make_auxiliary("cnn", 10, max_hidden=8)
+
+
+def test_global_size_one_map():
+    x = jnp.ones((2, 1, 1, 4))
+    for name in AUXILIARY:
+        head = make_auxiliary(name, 3)
+        params, batch_stats = init_module(head, jax.random.key(0), x)
+        logits, _ = apply_module(head, params, batch_stats, x, train=False)
+        assert logits.shape == (2, 3)

@@ -1,0 +1,72 @@
+"""Every mistake in a configuration is one line with name, value, rule and remedy."""
+
+import pytest
+
+from dgl_jax.config import Config, check_same_run, default_config, from_dict, to_dict
+from dgl_jax.errors import UserError
+
+
+def _config(**fields):
+    """A default configuration with dotted fields (written with __) changed."""
+    config = default_config().to_dict()
+    for name, value in fields.items():
+        *groups, field = name.split("__")
+        target = config
+        for group in groups:
+            target = target[group]
+        target[field] = value
+    return from_dict(config)
+
+
+def test_defaults_round_trip():
+    assert from_dict(default_config().to_dict()) == Config()
+    assert from_dict(to_dict(Config())) == Config()
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"optimizer__learningrate": 0.1}, "config.optimizer.learningrate is not a known field; "
+         "did you mean config.optimizer.learning_rate"),
+        ({"sed": 1}, "config.sed is not a known field; did you mean config.seed"),
+        ({"optimizer": 3}, "config.optimizer=3 must be a group of fields"),
+        ({"seed": 1.5}, "config.seed=1.5 must be of type int, not float"),
+        ({"seed": True}, "config.seed=True must be of type int, not bool"),
+        ({"partition__cuts": 3}, r"config.partition.cuts=3 must be a tuple; try \(3,\)"),
+        ({"method__name": "dgll"}, "config.method.name='dgll' must be one of backprop, dgl"),
+        ({"placement__kind": "x"}, "config.placement.kind='x' must be one of fused, pipelined"),
+        ({"optimizer__learning_rate": 0.0}, "learning_rate=0.0 must be greater than 0"),
+        ({"optimizer__learning_rate": float("nan")}, "learning_rate=nan must be greater than 0"),
+        ({"optimizer__momentum": 1.0}, "config.optimizer.momentum=1.0 must be less than 1"),
+        ({"train__batch_size": 0}, "config.train.batch_size=0 must be at least 1"),
+        ({"train__batch_size": 130, "placement__data_parallel": 4},
+         "batch_size=130 must be divisible by config.placement.data_parallel=4; try 128"),
+        ({"eval__batch_size": 510, "placement__data_parallel": 4}, "510 must be divisible"),
+        ({"train__num_steps": 5}, "exactly one must be positive"),
+        ({"train__num_epochs": 0.0}, "exactly one must be positive"),
+        ({"partition__strategy": "uniform"}, "num_blocks=0 must be at least 1"),
+        ({"partition__cuts": (1,)}, "set config.partition.strategy=explicit"),
+        ({"optimizer__drop_epochs": (30.0, 15.0)}, "strictly increasing"),
+        ({"placement__num_devices": 4}, "a fused run uses"),
+        ({"placement__num_devices": 3, "placement__data_parallel": 2}, "must be a multiple"),
+        ({"data__std": (0.2, 0.0, 0.2)}, "config.data.std=.* must be positive"),
+    ],
+)  # fmt: skip
+def test_mistakes(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        _config(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_integers_are_floats_where_floats_are_asked_for():
+    assert _config(optimizer__learning_rate=1).optimizer.learning_rate == 1.0
+    assert _config(optimizer__drop_epochs=[1, 2]).optimizer.drop_epochs == (1.0, 2.0)
+
+
+def test_a_run_goes_on_only_with_its_own_configuration():
+    previous = to_dict(Config())
+    check_same_run(_config(placement__kind="pipelined", eval__batch_size=100), previous, "w")
+    with pytest.raises(UserError, match="config.seed=1, but workdir=w holds a run with 0"):
+        check_same_run(_config(seed=1), previous, "w")
+    with pytest.raises(UserError, match="config.optimizer.momentum=0.5, but .* with 0.9"):
+        check_same_run(_config(optimizer__momentum=0.5), previous, "w")

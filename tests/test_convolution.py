@@ -1,0 +1,128 @@
+"""The CPU's forms of a convolution against XLA's own, in float64 and to second order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from dgl_jax.models.convolution import conv_general_dilated
+from dgl_jax.models.layers import Conv
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+# (height, width), (in, out) channels, kernel, strides, padding.
+CASES = {
+    "1x1": ((6, 5), (5, 4), (1, 1), (1, 1), "SAME"),
+    "1x1_stride_2": ((7, 6), (5, 4), (1, 1), (2, 2), "SAME"),
+    "1x1_padded": ((5, 5), (3, 4), (1, 1), (2, 2), ((1, 1), (1, 1))),
+    "3x3": ((6, 5), (5, 4), (3, 3), (1, 1), ((1, 1), (1, 1))),
+    "3x3_image": ((6, 6), (3, 8), (3, 3), (1, 1), "SAME"),
+    "3x3_valid": ((6, 5), (5, 4), (3, 3), (1, 1), "VALID"),
+    "3x3_stride_2": ((8, 7), (5, 4), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    "3x3_stride_2_same": ((8, 7), (5, 4), (3, 3), (2, 2), "SAME"),
+    "3x3_wide_padding": ((4, 4), (2, 3), (3, 3), (1, 1), ((3, 3), (3, 3))),
+    "3x3_negative_padding": ((6, 6), (2, 3), (3, 3), (1, 1), ((-1, 0), (0, -1))),
+    "2x2_stride_2": ((7, 6), (3, 4), (2, 2), (2, 2), ((0, 0), (0, 0))),
+    "1x3_stride_3": ((6, 8), (3, 4), (1, 3), (1, 3), ((0, 0), (1, 2))),
+    "5x5": ((6, 7), (3, 4), (5, 5), (1, 1), ((2, 2), (2, 2))),
+    "7x7_stride_2": ((11, 10), (3, 4), (7, 7), (2, 2), ((3, 3), (3, 3))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_xla_to_second_order(case):
+    size, (in_features, out_features), kernel_size, strides, padding = CASES[case]
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((2, *size, in_features))
+        kernel = rng.standard_normal((*kernel_size, in_features, out_features))
+        x_direction, kernel_direction = rng.standard_normal(x.shape), np.cos(kernel)
+
+        def values_and_gradients(convolution, x, kernel):
+            def loss(x, kernel):
+                y = convolution(x, kernel, strides, padding, dimension_numbers=NHWC)
+                return jnp.sum(jnp.sin(y)), y
+
+            def gradient_along_a_direction(x, kernel):
+                dx, dkernel = jax.grad(loss, (0, 1), has_aux=True)(x, kernel)[0]
+                return jnp.sum(dx * x_direction) + jnp.sum(dkernel * kernel_direction)
+
+            return (
+                loss(x, kernel),
+                jax.grad(loss, (0, 1), has_aux=True)(x, kernel),
+                jax.grad(gradient_along_a_direction, (0, 1))(x, kernel),
+                # Forward over reverse, as Hessian-vector products are often written.
+                jax.jvp(lambda x: jax.grad(lambda x: loss(x, kernel)[0])(x), (x,), (x_direction,)),
+            )
+
+        compute = jax.jit(values_and_gradients, static_argnums=0)
+        ours = compute(conv_general_dilated, x, kernel)
+        xla = compute(lax.conv_general_dilated, x, kernel)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), ours, xla)
+        assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(ours))
+
+
+def _primitives(convolution, x, kernel, *args, **kwargs) -> str:
+    """The program of the value and both gradients, as text."""
+
+    def loss(x, kernel):
+        return jnp.sum(convolution(x, kernel, *args, **kwargs) ** 2)
+
+    return str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, kernel))
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "kernel_shape", "options"),
+    [
+        ((2, 6, 6, 4), (3, 3, 4, 4), {"rhs_dilation": (2, 2), "dimension_numbers": NHWC}),
+        ((2, 6, 6, 4), (3, 3, 4, 4), {"lhs_dilation": (2, 2), "dimension_numbers": NHWC}),
+        ((2, 6, 6, 4), (3, 3, 2, 4), {"feature_group_count": 2, "dimension_numbers": NHWC}),
+        ((2, 6, 6, 4), (3, 3, 4, 4), {"batch_group_count": 2, "dimension_numbers": NHWC}),
+        ((2, 4, 6, 6), (4, 4, 3, 3), {}),
+    ],
+)
+def test_other_convolutions_are_xla_s(x_shape, kernel_shape, options):
+    x, kernel = jnp.ones(x_shape), jnp.ones(kernel_shape)
+    arguments = (x, kernel, (1, 1), ((1, 1), (1, 1)))
+    ours = _primitives(conv_general_dilated, *arguments, **options)
+    assert ours == _primitives(lax.conv_general_dilated, *arguments, **options)
+
+
+def test_other_backends_get_xla_s(monkeypatch):
+    arguments = (jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 4)), (1, 1), "SAME")
+    xla = _primitives(lax.conv_general_dilated, *arguments, dimension_numbers=NHWC)
+    assert _primitives(conv_general_dilated, *arguments, dimension_numbers=NHWC) != xla
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert _primitives(conv_general_dilated, *arguments, dimension_numbers=NHWC) == xla
+
+
+def test_layers_use_it():
+    convolution = Conv(4, (3, 3))
+    variables = convolution.init(jax.random.key(0), jnp.ones((1, 6, 6, 4)))
+    program = jax.make_jaxpr(convolution.apply)(variables, jnp.ones((1, 6, 6, 4)))
+    assert "custom_vjp_call" in str(program)
+
+
+def test_bfloat16_weight_gradient_sums_in_float32():
+    # The sum over 16*16*16 = 4096 ones stops at 256 if each addition rounds to bfloat16.
+    x = jnp.ones((16, 16, 16, 1), jnp.bfloat16)
+    for kernel_size in (1, 3):
+        kernel = jnp.ones((kernel_size, kernel_size, 1, 1), jnp.bfloat16)
+
+        def loss(kernel):
+            y = conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
+            return jnp.sum(y.astype(jnp.float32))
+
+        gradient = jax.grad(loss)(kernel)
+        assert gradient.dtype == jnp.bfloat16
+        assert gradient[kernel_size // 2, kernel_size // 2, 0, 0] == 16 * 16 * 16
+
+
+def test_empty_output_is_xla_s():
+    shape = jax.eval_shape(
+        lambda x, kernel: conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=NHWC),
+        jnp.ones((1, 2, 2, 3)),
+        jnp.ones((3, 3, 3, 4)),
+    ).shape
+    assert shape == (1, 0, 0, 4)

@@ -1,0 +1,49 @@
+"""Costs against arithmetic worked out by hand."""
+
+import jax
+import numpy as np
+import pytest
+
+from dgl_jax import cost
+from dgl_jax.config import LossConfig
+from dgl_jax.losses import make_loss_fn
+from dgl_jax.methods import METHODS
+
+
+def test_block_costs_of_a_small_network(small_network, small_head):
+    method = METHODS["dgl"](small_network, (1,), small_head, make_loss_fn(LossConfig()))
+    first, last = cost.block_costs(method.blocks, (6, 6, 2))
+    # Convolutions 2->3->4 without bias, BatchNorm's scale and bias; the head 4->4.
+    assert first.layers_parameters == 9 * 2 * 3 + 2 * 3 + 9 * 3 * 4 + 2 * 4
+    assert first.head_parameters == 4 * 4 + 4
+    assert last.layers_parameters == 9 * 4 * 4 + 2 * 4 + 9 * 4 * 5 + 2 * 5
+    assert last.head_parameters == 5 * 4 + 4
+    assert first.activation_bytes == 6 * 6 * 4 * 4
+    # Two FLOPs a multiply-add. A 3x3 window on 6x6 pixels has 16 * 16 taps inside the image;
+    # BatchNorm and ReLU add a few operations a pixel.
+    convolutions = 2 * 16 * 16 * (2 * 3 + 3 * 4)
+    assert convolutions < first.layers_flops < convolutions + 12 * 36 * (3 + 4)
+    head = 2 * 4 * 4
+    assert head < first.head_flops < head + 36 * 4 + 2 * 4 + 8
+
+
+def test_aux_flops_ratios_are_relative_to_the_largest_block():
+    costs = [
+        cost.BlockCost(*values, 0, 0, 0) for values in ((50.0, 10.0), (200.0, 4.0), (8.0, 9.0))
+    ]
+    assert cost.aux_flops_ratios(costs) == [0.05, 0.02, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["flops", "time"])
+def test_layer_and_head_costs_fit_the_partition(small_network, small_head, kind):
+    layers, heads = cost.layer_and_head_costs(small_network, small_head, (6, 6, 2), 4, kind)
+    assert len(layers) == len(heads) == 4
+    assert min(layers + heads) > 0
+    if kind == "flops":
+        assert layers == sorted(layers)  # 2->3, 3->4, 4->4, 4->5 channels.
+
+
+def test_peak_memory_is_this_processs():
+    before = cost.peak_memory_bytes()
+    array = jax.block_until_ready(jax.device_put(np.ones(2**26, np.uint8)))
+    assert cost.peak_memory_bytes() >= max(before, array.nbytes)

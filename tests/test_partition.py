@@ -1,0 +1,85 @@
+"""Cuts against brute force and against figures worked out by hand."""
+
+import itertools
+import random
+
+import pytest
+
+from dgl_jax.errors import UserError
+from dgl_jax.partition import (
+    balanced_cuts,
+    block_ranges,
+    explicit_cuts,
+    per_layer_cuts,
+    uniform_cuts,
+)
+
+
+@pytest.mark.parametrize(
+    "num_layers, num_blocks, cuts",
+    [
+        # SEDONA's baselines: floor(linspace(-1, L - 1, K + 1)[1:-1]).
+        (16, 2, (7,)),
+        (16, 4, (3, 7, 11)),
+        (16, 8, (1, 3, 5, 7, 9, 11, 13)),
+        (33, 4, (7, 15, 23)),  # linspace(-1, 32, 5) = -1, 7.25, 15.5, 23.75, 32
+        (10, 4, (1, 4, 6)),  # -1, 1.5, 4, 6.5, 9
+        (50, 2, (24,)),
+        (4, 4, (0, 1, 2)),
+        (5, 1, ()),
+    ],
+)
+def test_uniform(num_layers, num_blocks, cuts):
+    assert uniform_cuts(num_layers, num_blocks) == cuts
+    sizes = [end - first for first, end in block_ranges(num_layers, cuts)]
+    assert sum(sizes) == num_layers and max(sizes) - min(sizes) <= 1
+
+
+def test_per_layer_is_one_block_a_layer():
+    assert block_ranges(3, per_layer_cuts(3)) == [(0, 1), (1, 2), (2, 3)]
+
+
+def _slowest(layer_costs, head_costs, cuts):
+    return max(
+        sum(layer_costs[first:end]) + head_costs[end - 1]
+        for first, end in block_ranges(len(layer_costs), cuts)
+    )
+
+
+def test_balanced_is_optimal():
+    generator = random.Random(0)
+    for _ in range(60):
+        num_layers = generator.randint(1, 8)
+        layer_costs = [generator.randint(0, 9) for _ in range(num_layers)]
+        head_costs = [generator.randint(0, 4) for _ in range(num_layers)]
+        for num_blocks in range(1, num_layers + 1):
+            best = min(
+                _slowest(layer_costs, head_costs, cuts)
+                for cuts in itertools.combinations(range(num_layers - 1), num_blocks - 1)
+            )
+            cuts = balanced_cuts(layer_costs, head_costs, num_blocks)
+            assert len(cuts) == num_blocks - 1
+            assert explicit_cuts(num_layers, cuts) == cuts
+            assert _slowest(layer_costs, head_costs, cuts) == best
+
+
+def test_balanced_by_hand():
+    # Without heads 6 | 1 2 3 is even; a dear head after layer 0 moves the cut.
+    assert balanced_cuts([6, 1, 2, 3], [0, 0, 0, 0], 2) == (0,)
+    assert balanced_cuts([6, 1, 2, 3], [9, 0, 0, 0], 2) == (1,)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: explicit_cuts(4, (3,)), "3 is outside the network"),
+        (lambda: explicit_cuts(4, (-1,)), "-1 is outside the network"),
+        (lambda: explicit_cuts(4, (1, 1)), r"strictly increasing; try \(1,\)"),
+        (lambda: explicit_cuts(4, (2, 0)), r"strictly increasing; try \(0, 2\)"),
+        (lambda: uniform_cuts(4, 5), "num_blocks=5 must be between 1 and the network's 4"),
+        (lambda: balanced_cuts([1, 1], [0, 0], 3), "num_blocks=3 must be between 1"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
