@@ -8,7 +8,8 @@ unknown names, wrong types and values out of range in one line each.
 import dataclasses
 import difflib
 import typing
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import config_dict
 

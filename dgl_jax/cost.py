@@ -8,7 +8,8 @@ import math
 import resource
 import sys
 import time
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +136,7 @@ def _variables(module: Any, x: jax.ShapeDtypeStruct) -> tuple[Any, Any]:
 
 def _output_shape(module: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     params, batch_stats = _variables(module, x)
-    run = lambda p, s, x: apply_module(module, p, s, x, train=False)[0]  # noqa: E731
+    run = lambda p, s, x: apply_module(module, p, s, x, train=False)[0]
     return jax.eval_shape(run, params, batch_stats, x)
 
 

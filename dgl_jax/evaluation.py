@@ -1,6 +1,6 @@
 """Accuracy of every block's head, and of ensembles of heads, exact over a whole split."""
 
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """Local losses: what a block minimises, a function of its head's output and the labels."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp

@@ -3,7 +3,8 @@
 import collections
 import json
 import os
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +43,7 @@ class MetricsWriter:
         self._path = os.path.join(directory, "metrics.jsonl")
         kept = [line for line in read_metrics(self._path) if line["step"] <= first_step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self._path, "a", buffering=1)
+        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 open for the whole run
         self._tensorboard = tensorboardX.SummaryWriter(
             os.path.join(directory, "tensorboard"), purge_step=first_step + 1
         )

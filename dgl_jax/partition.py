@@ -4,8 +4,9 @@ A cut is the 0-based layer after which the network is cut: cuts (1, 3) of six la
 blocks 0-1, 2-3 and 4-5. ``num_blocks`` is K, ``num_layers`` is L.
 """
 
+import itertools
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 from dgl_jax.errors import UserError
 
@@ -103,7 +104,7 @@ def balanced_cuts(
 def block_ranges(num_layers: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
     """The (first, last + 1) layers of each block."""
     bounds = [0, *(cut + 1 for cut in cuts), num_layers]
-    return list(zip(bounds, bounds[1:]))
+    return list(itertools.pairwise(bounds))
 
 
 def _check_num_blocks(num_layers: int, num_blocks: int) -> None:

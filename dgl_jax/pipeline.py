@@ -6,7 +6,8 @@ method: they run a method's schedule over its blocks.
 
 import collections
 import dataclasses
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp

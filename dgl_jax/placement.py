@@ -1,7 +1,7 @@
 """Which devices a block lives on: meshes and shardings."""
 
 import dataclasses
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec

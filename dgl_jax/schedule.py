@@ -5,7 +5,7 @@ dispatches them to the blocks' devices; both run the same list.
 """
 
 import dataclasses
-from typing import Iterator
+from collections.abc import Iterator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Runs' summaries as a table that people read."""
 
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def accuracy_table(summaries: Sequence[Mapping[str, Any]]) -> str:

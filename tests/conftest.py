@@ -13,8 +13,8 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from dgl_jax.models.network import Network  # noqa: E402
-from dgl_jax.types import Batch  # noqa: E402
+from dgl_jax.models.network import Network
+from dgl_jax.types import Batch
 
 
 class SmallLayer(nn.Module):

@@ -119,7 +119,7 @@ def test_two_blocks_match_algorithm_1_written_out(small_network, small_head, sma
                 states[index], x = output.state, output.activations
         for state, oracle in zip(states, oracles):
             layer = state.params["layers"][0]
-            close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11)  # noqa: E731
+            close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11)
             close(layer["Conv_0"]["kernel"], oracle.params["kernel"])
             close(layer["BatchNorm_0"]["scale"], oracle.params["scale"])
             close(layer["BatchNorm_0"]["bias"], oracle.params["bias"])

@@ -26,8 +26,7 @@ def test_defaults_round_trip():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"optimizer__learningrate": 0.1}, "config.optimizer.learningrate is not a known field; "
-         "did you mean config.optimizer.learning_rate"),
+        ({"optimizer__learningrate": 0.1}, "did you mean config.optimizer.learning_rate"),
         ({"sed": 1}, "config.sed is not a known field; did you mean config.seed"),
         ({"optimizer": 3}, "config.optimizer=3 must be a group of fields"),
         ({"seed": 1.5}, "config.seed=1.5 must be of type int, not float"),

@@ -1,5 +1,6 @@
 """The CPU's forms of a convolution against XLA's own, in float64 and to second order."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from jax import lax
 
 from dgl_jax.models.convolution import conv_general_dilated
-from dgl_jax.models.layers import Conv
+from dgl_jax.models.layers import Conv, max_pool_2x2
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -126,3 +127,15 @@ def test_empty_output_is_xla_s():
         jnp.ones((3, 3, 3, 4)),
     ).shape
     assert shape == (1, 0, 0, 4)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 6, 3), (2, 7, 5, 3)])
+def test_max_pool_is_xlas_also_where_maxima_are_equal(shape):
+    # Few different values: most windows have several maxima.
+    x = jax.random.randint(jax.random.key(0), shape, 0, 3).astype(jnp.float32)
+    weights = jax.random.normal(jax.random.key(1), (2, shape[1] // 2, shape[2] // 2, 3))
+    results = [
+        jax.value_and_grad(lambda x, pool=pool: jnp.sum(pool(x) * weights))(x)
+        for pool in (max_pool_2x2, lambda x: nn.max_pool(x, (2, 2), (2, 2)))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)

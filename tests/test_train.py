@@ -58,7 +58,7 @@ def _command(workdir, arrays_path, **fields):
 def _run(command, **kwargs):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment, **kwargs
+        command, check=False, capture_output=True, text=True, timeout=300, env=environment, **kwargs
     )
 
 

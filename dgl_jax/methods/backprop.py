@@ -4,7 +4,8 @@ One block holds every layer and the network's own head, so its local loss is the
 """
 
 import dataclasses
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from dgl_jax.losses import LossFn
 from dgl_jax.methods import dgl

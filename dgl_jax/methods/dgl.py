@@ -4,7 +4,8 @@ Every block minimises its own local loss through its own auxiliary head, on the 
 that the block below computed in the same step, before its update. Nothing flows back.
 """
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from dgl_jax.block import Block
 from dgl_jax.losses import LossFn

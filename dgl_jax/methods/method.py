@@ -1,7 +1,7 @@
 """What a training method is: blocks with their objectives, and a schedule."""
 
 import dataclasses
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 from dgl_jax.block import Block
 from dgl_jax.schedule import Task

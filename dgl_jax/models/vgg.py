@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgl_jax.models.layers import ConvBNReLU, he_normal_fan_out, scaled_width
+from dgl_jax.models.layers import ConvBNReLU, he_normal_fan_out, max_pool_2x2, scaled_width
 from dgl_jax.models.network import Network
 
 # The number of convolutions of each width, by depth.
@@ -74,7 +74,7 @@ class VGGHead(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         init = nn.initializers.normal(0.01) if self.imagenet_init else he_normal
-        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = max_pool_2x2(x)
         x = x.reshape(x.shape[0], -1)
         for _ in range(2):
             x = nn.relu(nn.Dense(self.hidden, kernel_init=init, dtype=self.dtype)(x))
