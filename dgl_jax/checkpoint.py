@@ -33,18 +33,21 @@ def open_checkpointer(directory: str) -> ocp.training.Checkpointer:
     )
 
 
-def check_disk_space(directory: str, states: Any) -> None:
-    """Checks that the latest, the best and the next checkpoint fit on the disk.
+def check_disk_space(directory: str, states: Any, num_checkpoints: int) -> None:
+    """Checks that so many more checkpoints fit on the disk.
+
+    Orbax's own answer to a full disk is a page of tracebacks from its threads.
 
     Raises:
       UserError: if they do not.
     """
-    size = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(states))
+    size = num_checkpoints * sum(leaf.nbytes for leaf in jax.tree.leaves(states)) + 2**20
     free = shutil.disk_usage(directory).free
     if free < size:
         raise UserError(
-            f"workdir={directory} has {free / 2**20:.0f} MiB free, but its checkpoints need "
-            f"{size / 2**20:.0f} MiB; free some space or choose another --workdir"
+            f"workdir: {directory} has {free / 2**20:.0f} MiB free, but checkpoints need "
+            f"{size / 2**20:.0f} MiB; free some space and run the same command again, or choose "
+            "another --workdir"
         )
 
 
@@ -64,7 +67,11 @@ def save(
       states: the blocks' states.
       top1: the last block's accuracy at this step, if it was evaluated; ranks checkpoints.
       record: what else the run needs to go on, as JSON.
+
+    Raises:
+      UserError: if the disk is full; the checkpoint before this one stays.
     """
+    check_disk_space(str(checkpointer.directory), states, num_checkpoints=1)
     checkpointer.save_async(
         step,
         {"states": states},

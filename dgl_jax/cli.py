@@ -1,6 +1,6 @@
 """How a script starts and ends: its flags, its one line for an error, its exit code.
 
-0: finished. 2: the user's mistake. 1: anything else. See DESIGN in WORKSPACE.md.
+0: finished. 2: the user's mistake. 1: anything else.
 """
 
 import os
@@ -49,12 +49,12 @@ def run(main: Callable[[Config, str], None]) -> None:
         except KeyboardInterrupt:
             _fail("interrupted; the same command goes on from the last checkpoint", 1)
         except Exception as error:
-            if "No space left on device" not in _causes(error):
+            if "No space left on device" not in "".join(traceback.format_exception(error)):
                 raise
             _fail(
-                f"workdir={_WORKDIR.value}: no space left on device; the last checkpoint is "
-                "whole; free some space and run the same command again",
-                1,
+                f"workdir: {_WORKDIR.value} has no space left; its last checkpoint is whole; "
+                "free some space and run the same command again",
+                2,
             )
 
     app.run(run_main, flags_parser=parse_flags)
@@ -77,10 +77,7 @@ def _check_config_arguments(arguments: Sequence[str]) -> None:
             check_field_name(name.removeprefix("config."))
 
 
-def _causes(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))
-
-
 def _fail(message: str, code: int) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+    sys.stderr.flush()
+    os._exit(code)  # Threads that still read or write have nothing to add to that line.

@@ -71,7 +71,7 @@ def _plot_accuracy_by_depth(workdir: str, summary: dict, lines: list[dict]) -> N
             label=f"epoch {line['step'] / steps_per_epoch:.3g}",
         )
     axes.set(xlabel="block", ylabel="test top-1 accuracy, %", xticks=list(blocks))
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title(_title(summary))
     figure.savefig(os.path.join(workdir, "accuracy_by_depth.png"))
     plt.close(figure)

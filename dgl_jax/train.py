@@ -91,7 +91,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     )
 
     # ---- The run's folder; what is there already is gone on with.
-    checkpoint.check_disk_space(workdir, states)
+    # The latest, the best and the next.
+    checkpoint.check_disk_space(workdir, states, num_checkpoints=3)
     resolved = {"cuts": list(cuts), "num_steps": num_steps, "steps_per_epoch": steps_per_epoch}
     config_json = json.dumps(to_dict(config) | {"resolved": resolved}, indent=2)
     metrics.write_atomically(config_path, config_json)
@@ -166,6 +167,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         best_step = checkpoint.best_step(checkpointer)
     bar.close()
     writer.close()
+    dataset.close()
 
     # ---- What came of it.
     costs = cost.block_costs(method.blocks, dataset.image_shape)

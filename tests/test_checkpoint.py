@@ -83,8 +83,8 @@ def test_a_checkpoint_of_other_cuts_is_refused_by_a_leafs_name(small_network, sm
 
 def test_a_full_disk_is_told_before_training(small_network, small_head, tmp_path, monkeypatch):
     states, _ = _setup(small_network, small_head, (), 1)
-    checkpoint.check_disk_space(tmp_path, states)
+    checkpoint.check_disk_space(tmp_path, states, num_checkpoints=3)
     usage = collections.namedtuple("usage", "total used free")(10, 10, 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="has 0 MiB free, but its checkpoints need .* free some"):
-        checkpoint.check_disk_space(tmp_path, states)
+    with pytest.raises(UserError, match="has 0 MiB free, but checkpoints need .*; free some"):
+        checkpoint.check_disk_space(tmp_path, states, num_checkpoints=3)

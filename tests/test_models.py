@@ -337,6 +337,7 @@ def _before_batch_norm(path, params):
     return name == "bias" and layer in ("Conv", "Dense") and f"BatchNorm_{index}" in params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NETWORKS, *AUXILIARY])
 def test_every_module_trains(name):
     modules, shape = _modules(name)

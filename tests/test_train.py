@@ -100,6 +100,7 @@ def test_a_run_learns_and_leaves_all_its_files(finished_run):
         assert steps == {80, summary["best_step"]} == {80, checkpoint.best_step(checkpointer)}
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_instant_ends_with_the_same_parameters(
     finished_run, arrays_path, tmp_path
 ):
