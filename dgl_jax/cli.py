@@ -68,13 +68,14 @@ def _check_config_arguments(arguments: Sequence[str]) -> None:
             continue
         if name == "config":
             value = value or "".join(arguments[place + 1 : place + 2])
-            if not os.path.exists(value.partition(":")[0]):
+            path = value.partition(":")[0]
+            if not (os.path.isfile(path) and path.endswith(".py")):
                 raise UserError(
-                    f"--config={value} does not exist; try --config=experiments/configs/"
-                    "quickstart.py"
+                    f"--config={value} does not name a Python file; "
+                    "try --config=experiments/configs/quickstart.py"
                 )
-        elif name.startswith("config."):
-            check_field_name(name.removeprefix("config."))
+        elif name.startswith(("config.", "noconfig.")):
+            check_field_name(name.partition(".")[2])
 
 
 def _fail(message: str, code: int) -> None:

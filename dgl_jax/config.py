@@ -7,6 +7,7 @@ unknown names, wrong types and values out of range in one line each.
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -176,8 +177,8 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
-# Sections that may change when a run is resumed: they change no number that is trained.
-_RESUMABLE_SECTIONS = ("placement", "eval", "checkpoint")
+# What may change when a run is resumed: sections and fields that change no number trained.
+_RESUMABLE = ("placement", "eval", "checkpoint", "data.num_workers", "train.log_every_steps")
 
 _CHOICES = {
     "method.name": ("backprop", "dgl"),
@@ -292,7 +293,7 @@ def check_same_run(config: Config, previous: Mapping[str, Any], workdir: str) ->
     present = to_dict(config)
     for name in _leaf_names(Config):
         section, _, field = name.partition(".")
-        if section in _RESUMABLE_SECTIONS:
+        if section in _RESUMABLE or name in _RESUMABLE:
             continue
         now = present[section][field] if field else present[section]
         then = previous.get(section)
@@ -339,7 +340,9 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             raise UserError(f"config.{name}={value!r} must be a tuple; try ({value!r},)")
         return tuple(_convert(name, item, typing.get_args(kind)[0]) for item in value)
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config.{name}={value} must be a finite number")
     if type(value) is not kind:
         raise UserError(
             f"config.{name}={value!r} must be of type {kind.__name__}, not {type(value).__name__}"
@@ -356,11 +359,10 @@ def _check_values(config: Config) -> None:
             raise UserError(f"config.{name}={value!r} must be one of {', '.join(_CHOICES[name])}")
         if name in _MINIMUM:
             minimum, inclusive = _MINIMUM[name]
-            # Written so that NaN fails.
-            if not (value >= minimum if inclusive else value > minimum):
+            if value < minimum or (value == minimum and not inclusive):
                 rule = "at least" if inclusive else "greater than"
                 raise UserError(f"config.{name}={value} must be {rule} {minimum}")
-        if name in _BELOW_ONE and not value < 1:
+        if name in _BELOW_ONE and value >= 1:
             raise UserError(f"config.{name}={value} must be less than 1")
     _check_together(config)
 
@@ -372,19 +374,14 @@ def _check_together(config: Config) -> None:
             f"config.train.num_steps={train.num_steps} and config.train.num_epochs="
             f"{train.num_epochs:g}: exactly one must be positive; set the other to 0"
         )
-    if train.batch_size % placement.data_parallel:
-        smaller = train.batch_size // placement.data_parallel * placement.data_parallel
-        raise UserError(
-            f"config.train.batch_size={train.batch_size} must be divisible by "
-            f"config.placement.data_parallel={placement.data_parallel}; "
-            f"try {smaller or placement.data_parallel}"
-        )
-    if config.eval.batch_size % placement.data_parallel:
-        raise UserError(
-            f"config.eval.batch_size={config.eval.batch_size} must be divisible by "
-            f"config.placement.data_parallel={placement.data_parallel}; "
-            f"try {config.eval.batch_size // placement.data_parallel * placement.data_parallel}"
-        )
+    for section, size in (("train", train.batch_size), ("eval", config.eval.batch_size)):
+        if size % placement.data_parallel:
+            smaller = size // placement.data_parallel * placement.data_parallel
+            raise UserError(
+                f"config.{section}.batch_size={size} must be divisible by "
+                f"config.placement.data_parallel={placement.data_parallel}; "
+                f"try {smaller or placement.data_parallel}"
+            )
     if placement.num_devices % placement.data_parallel:
         raise UserError(
             f"config.placement.num_devices={placement.num_devices} must be a multiple of "
@@ -401,16 +398,28 @@ def _check_together(config: Config) -> None:
             f"config.partition.num_blocks={partition.num_blocks} must be at least 1 "
             f"with config.partition.strategy={partition.strategy}"
         )
-    if partition.cuts and partition.strategy not in ("explicit", "balanced"):
+    if partition.num_blocks and partition.strategy in ("explicit", "per_layer"):
+        raise UserError(
+            f"config.partition.num_blocks={partition.num_blocks} is not used with "
+            f"config.partition.strategy={partition.strategy}; set that to uniform or balanced"
+        )
+    if partition.cuts and partition.strategy != "explicit":
         raise UserError(
             f"config.partition.cuts={partition.cuts} is used with strategy explicit only; "
             "set config.partition.strategy=explicit"
         )
-    drops = config.optimizer.drop_epochs
+    optimizer = config.optimizer
+    if optimizer.momentum_at_drop == "reset" and optimizer.schedule != "step":
+        raise UserError(
+            "config.optimizer.momentum_at_drop=reset needs config.optimizer.schedule=step, "
+            f"not {optimizer.schedule}"
+        )
+    if optimizer.nesterov and optimizer.name != "sgd":
+        raise UserError(f"config.optimizer.nesterov=True does not apply to {optimizer.name}")
+    drops = optimizer.drop_epochs
     if any(drop <= 0 for drop in drops) or list(drops) != sorted(set(drops)):
         raise UserError(
             f"config.optimizer.drop_epochs={drops} must be positive and strictly increasing"
         )
-    for name in ("mean", "std"):
-        if any(not value > 0 for value in getattr(config.data, name)):
-            raise UserError(f"config.data.{name}={getattr(config.data, name)} must be positive")
+    if any(value <= 0 for value in config.data.std):
+        raise UserError(f"config.data.std={config.data.std} must be positive")

@@ -50,7 +50,7 @@ class MetricsWriter:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line; names are flat, such as ``train/block_0/loss``."""
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.write(json.dumps({"step": step, **scalars}, allow_nan=False) + "\n")
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
 
@@ -138,7 +138,8 @@ class TrainingLog:
                 if not np.isfinite(scalars["loss"]):
                     raise UserError(
                         f"block_{block}/loss={scalars['loss']} at step {step} is not finite; the "
-                        "last good checkpoint is kept; try a lower config.optimizer.learning_rate"
+                        "last good checkpoint is kept; try a lower config.optimizer.learning_rate "
+                        "with another --workdir"
                     )
         means = [
             {name: float(np.mean([row[block][name] for row in values])) for name in scalars}

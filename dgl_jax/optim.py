@@ -30,7 +30,9 @@ def make_schedule(config: OptimizerConfig, num_steps: int, steps_per_epoch: int)
             max(num_steps, 1),
             alpha=min(config.min_learning_rate / config.learning_rate, 1.0),
         )
-    drops = {step: config.drop_factor for step in drop_steps(config, steps_per_epoch)}
+    drops = {}
+    for step in drop_steps(config, steps_per_epoch):  # In a short run two may coincide.
+        drops[step] = drops.get(step, 1.0) * config.drop_factor
     return optax.piecewise_constant_schedule(config.learning_rate, drops)
 
 

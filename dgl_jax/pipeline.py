@@ -7,13 +7,12 @@ method: they run a method's schedule over its blocks.
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dgl_jax.block import Block, init_block_state, make_block_eval, make_block_step
+from dgl_jax.block import init_block_state, make_block_eval, make_block_step
 from dgl_jax.config import PlacementConfig
 from dgl_jax.methods.method import Method
 from dgl_jax.placement import BlockPlacement
@@ -107,7 +106,11 @@ def make_fused_runner(
         return tuple(states), tuple(metrics)
 
     def logits(states, images):
-        return _logits(method.blocks, states, images)
+        x, heads = images, []
+        for block, state in zip(method.blocks, states, strict=True):
+            x, head_logits = make_block_eval(block)(state.params, state.batch_stats, x)
+            heads.append(head_logits)
+        return tuple(heads)
 
     # Outputs are pinned to where inputs live: the compiler must not choose anew each step.
     step = jax.jit(step, donate_argnums=0, out_shardings=placement.state)
@@ -183,14 +186,6 @@ def make_runner(
     if config.kind == "fused":
         return make_fused_runner(method, optimizer, key, placements[0], config.max_steps_in_flight)
     return make_pipelined_runner(method, optimizer, key, placements, config.max_steps_in_flight)
-
-
-def _logits(blocks: Sequence[Block], states: States, images: jax.Array) -> Any:
-    x, heads = images, []
-    for block, state in zip(blocks, states):
-        x, head_logits = make_block_eval(block)(state.params, state.batch_stats, x)
-        heads.append(head_logits)
-    return tuple(heads)
 
 
 def _bound_in_flight(step: Callable, max_steps_in_flight: int) -> Callable:

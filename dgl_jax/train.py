@@ -1,7 +1,9 @@
 """A training run from beginning to end."""
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -40,7 +42,12 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: a mistake in the configuration, or a loss that is not finite.
     """
-    start_time = time.perf_counter()
+    start_time, start_compile_seconds = time.perf_counter(), metrics.compile_seconds()
+
+    # ---- The run's folder; a run that is finished already is not touched.
+    previous = _previous_run(config, workdir)
+    if previous and previous["summary"].get("finished"):
+        return previous["summary"]
 
     # ---- Data, on the devices of the first block.
     placement.request_cpu_devices(config.placement)
@@ -48,6 +55,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     dataset = _load_dataset(config, first_placement.batch)
     steps_per_epoch = dataset.steps_per_epoch
     num_steps = config.train.num_steps or round(config.train.num_epochs * steps_per_epoch)
+    if num_steps < 1:
+        raise UserError(
+            f"config.train.num_epochs={config.train.num_epochs} is less than one step; "
+            f"an epoch has {steps_per_epoch} steps"
+        )
     eval_every = max(1, round(config.eval.every_epochs * steps_per_epoch))
     checkpoint_every = config.checkpoint.every_steps or steps_per_epoch
 
@@ -68,13 +80,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         max_hidden=config.auxiliary.max_hidden,
         dtype=dtype,
     )
-    os.makedirs(workdir, exist_ok=True)
-    config_path = os.path.join(workdir, "config.json")
-    if os.path.exists(config_path):
-        with open(config_path) as file:
-            previous = json.load(file)
-        check_same_run(config, previous, workdir)
-        cuts = tuple(previous["resolved"]["cuts"])  # Measured costs may differ by now.
+    if previous:
+        cuts = tuple(previous["config"]["resolved"]["cuts"])  # Measured costs may differ by now.
     else:
         cuts = choose_cuts(config, network, head, dataset.image_shape)
     method = METHODS[config.method.name](network, cuts, head, make_loss_fn(config.loss))
@@ -90,12 +97,12 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         runner.logits, placements[-1].batch, config.eval.ensemble_last
     )
 
-    # ---- The run's folder; what is there already is gone on with.
-    # The latest, the best and the next.
-    checkpoint.check_disk_space(workdir, states, num_checkpoints=3)
+    # ---- What the folder holds already is gone on with.
+    checkpoint.check_disk_space(workdir, states, num_checkpoints=3)  # Latest, best and next.
     resolved = {"cuts": list(cuts), "num_steps": num_steps, "steps_per_epoch": steps_per_epoch}
     config_json = json.dumps(to_dict(config) | {"resolved": resolved}, indent=2)
-    metrics.write_atomically(config_path, config_json)
+    metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
+    _write_summary(workdir, {"finished": False, "method": config.method.name, "cuts": list(cuts)})
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
     step, record = 0, {"wall_seconds": 0.0, "train_seconds": 0.0, "timed_steps": 0}
     restored = checkpoint.restore_latest(checkpointer, states)
@@ -126,6 +133,13 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     def evaluate_all(step):
         results = {split: evaluate(states, dataset.eval_batches(split)) for split in splits}
         for split, means in results.items():
+            for block, loss in enumerate(means["loss"]):
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"{split}/block_{block}/loss={loss} at step {step} is not finite; the last "
+                        "good checkpoint is kept; try a lower config.optimizer.learning_rate with "
+                        "another --workdir"
+                    )
             writer.write(step, _flat_names(split, means))
         return results
 
@@ -136,7 +150,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     # host and devices unasked.
     results = None
     clock, clock_step = None, step
-    with checkpointer, jax.transfer_guard("disallow"):
+    with contextlib.ExitStack() as stack:
+        for close in (dataset.close, writer.close, bar.close):
+            stack.callback(close)
+        stack.enter_context(checkpointer)
+        stack.enter_context(jax.transfer_guard("disallow"))
         while step < num_steps:
             states, step_metrics = runner.step(states, dataset.batch_at(step))
             step += 1
@@ -145,31 +163,28 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
                 jax.block_until_ready(step_metrics)
                 clock, clock_step = time.perf_counter(), step
             is_eval = step % eval_every == 0 or step == num_steps
-            is_checkpoint = step % checkpoint_every == 0 or step == num_steps
-            if is_eval or is_checkpoint:
+            is_checkpoint = is_eval or step % checkpoint_every == 0
+            if is_checkpoint:
                 log.flush()
                 record["train_seconds"] += time.perf_counter() - clock
                 record["timed_steps"] += step - clock_step
                 results = evaluate_all(step) if is_eval else None
-                if is_checkpoint:
-                    _check_finite(states, step)
-                    checkpoint.save(
-                        checkpointer,
-                        step,
-                        states,
-                        top1=results[splits[-1]]["top1"][-1] if is_eval else None,
-                        record=record | {"wall_seconds": wall_seconds()},
-                    )
+                _check_finite(states, step)
+                checkpoint.save(
+                    checkpointer,
+                    step,
+                    states,
+                    top1=results[splits[-1]]["top1"][-1] if is_eval else None,
+                    record=record | {"wall_seconds": wall_seconds()},
+                )
                 clock, clock_step = time.perf_counter(), step
         if results is None:  # The run had been killed after its last checkpoint.
             results = evaluate_all(step)
         checkpointer.wait()
         best_step = checkpoint.best_step(checkpointer)
-    bar.close()
-    writer.close()
-    dataset.close()
 
     # ---- What came of it.
+    compile_seconds = metrics.compile_seconds() - start_compile_seconds
     costs = cost.block_costs(method.blocks, dataset.image_shape)
     summary = {
         "finished": True,
@@ -197,7 +212,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             else None
         ),
         "wall_seconds": wall_seconds(),
-        "compile_seconds": metrics.compile_seconds(),
+        "compile_seconds": compile_seconds,
         "peak_memory_bytes": cost.peak_memory_bytes(),
         "aux_flops_ratio": cost.aux_flops_ratios(costs),
         "block_flops": [block.layers_flops for block in costs],
@@ -208,9 +223,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "device_kind": placements[0].devices[0].device_kind,
         "num_devices": len({device for where in placements for device in where.devices}),
     }
-    metrics.write_atomically(
-        os.path.join(workdir, "summary.json"), json.dumps(summary, indent=2) + "\n"
-    )
+    _write_summary(workdir, summary)
     plots.plot_run(workdir)
     return summary
 
@@ -240,6 +253,38 @@ def params_sha256(states: Any) -> str:
     for leaf in jax.tree.leaves([(state.params, state.batch_stats) for state in states]):
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()
+
+
+def _previous_run(config: Config, workdir: str) -> dict[str, Any] | None:
+    """The config.json and summary.json of a run to go on with, or None for a new one."""
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"workdir={workdir} cannot be made ({error.strerror}); choose another --workdir"
+        ) from error
+    if not os.path.exists(os.path.join(workdir, "config.json")):
+        return None
+    files = {"summary": {}}
+    for name in ("config", "summary"):
+        path = os.path.join(workdir, f"{name}.json")
+        try:
+            with open(path) as file:
+                files[name] = json.load(file)
+        except FileNotFoundError:
+            continue  # A run killed at its very start has no summary yet.
+        except ValueError as error:
+            raise UserError(
+                f"{path} cannot be parsed ({error}); put back what the run wrote, or choose "
+                "another --workdir"
+            ) from error
+    check_same_run(config, files["config"], workdir)
+    return files
+
+
+def _write_summary(workdir: str, summary: dict[str, Any]) -> None:
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    metrics.write_atomically(os.path.join(workdir, "summary.json"), text)
 
 
 def _load_dataset(config: Config, sharding: jax.sharding.Sharding) -> Dataset:
@@ -285,5 +330,6 @@ def _check_finite(states: Any, step: int) -> None:
         if not jax.device_get(_all_finite(state)):
             raise UserError(
                 f"block_{block}'s parameters at step {step} are not finite; the last good "
-                "checkpoint is kept; try a lower config.optimizer.learning_rate"
+                "checkpoint is kept; try a lower config.optimizer.learning_rate with another "
+                "--workdir"
             )

@@ -122,3 +122,9 @@ def test_kernels_are_told_from_biases_and_scales():
         "mine": True,
         "gain": False,
     }
+
+
+def test_drops_that_fall_on_one_step_both_count():
+    config = OptimizerConfig(learning_rate=1.0, drop_epochs=(1.0, 1.01, 2.0), drop_factor=0.5)
+    schedule = make_schedule(config, num_steps=30, steps_per_epoch=10)
+    assert [float(schedule(step)) for step in (9, 10, 20)] == [1.0, 0.25, 0.125]

@@ -192,11 +192,43 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(arrays
         ({"partition__strategy": "uniform", "partition__num_blocks": 9}, "num_blocks=9"),
         ({"data__data_dir": "nowhere.npz"}, "data_dir=nowhere.npz"),
         ({"network__name": "cnn5"}, "cnn5"),
+        ({"train__num_epochs": 0.001}, "is less than one step"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(arrays_path, tmp_path, fields, message):
     _fails(_command(tmp_path / "run", arrays_path, **fields), message)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_update_that_overflows_is_no_success(arrays_path, tmp_path):
+    """The loss of the only step is finite; what it leads to is not."""
+    _fails(
+        _command(
+            tmp_path / "run",
+            arrays_path,
+            optimizer__learning_rate=1e38,
+            train__num_epochs=0.0,
+            train__num_steps=1,
+        ),
+        "is not finite; the last good checkpoint is kept",
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["finished"] is False
+
+
+def test_a_finished_run_is_not_touched_again(finished_run, arrays_path):
+    workdir, first = finished_run
+    before = {path: path.read_bytes() for path in workdir.glob("*.json*")}
+    result = _run(_command(workdir, arrays_path, placement__max_steps_in_flight=2))
+    assert result.returncode == 0 and result.stdout == first.stdout
+    assert {path: path.read_bytes() for path in workdir.glob("*.json*")} == before
+
+
+def test_a_folder_that_cannot_be_used(arrays_path, tmp_path):
+    (tmp_path / "file").write_text("")
+    _fails(_command(tmp_path / "file", arrays_path), "cannot be made")
+    (tmp_path / "config.json").write_text("{")
+    _fails(_command(tmp_path, arrays_path), "config.json cannot be parsed")
 
 
 def test_another_configuration_in_the_same_folder_is_refused(finished_run, arrays_path):
@@ -211,8 +243,9 @@ def test_another_configuration_in_the_same_folder_is_refused(finished_run, array
     [
         (["--workdir=w"], "--config is missing"),
         ([f"--config={_QUICKSTART}"], "--workdir is missing"),
-        (["--config=nowhere.py", "--workdir=w"], "nowhere.py does not exist"),
+        (["--config=nowhere.py", "--workdir=w"], "--config=nowhere.py does not name a Python file"),
         ([f"--config={_QUICKSTART}", "--workdir=w", "--nope=1"], "nope"),
+        ([f"--config={_QUICKSTART}", "--workdir=w", "--noconfig.data.flop"], "did you mean"),
         ([f"--config={_QUICKSTART}", "--workdir=w", "extra"], "'extra' is not a flag"),
     ],
 )

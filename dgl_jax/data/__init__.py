@@ -108,7 +108,7 @@ def load_dataset(
     if image_size not in (0, height):
         raise UserError(
             f"image_size={image_size} must be 0 or {height}, the stored size, for name={name} held"
-            f" in memory; use streaming=True, or leave image_size at 0"
+            f" in memory; leave image_size at 0"
         )
     if crop_padding >= min(height, width):
         raise UserError(

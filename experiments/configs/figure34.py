@@ -12,9 +12,14 @@ hour on two CPU cores.
 """
 
 from dgl_jax.config import default_config
+from dgl_jax.errors import UserError
+
+_EPOCHS = {"full": 50.0, "short": 8.0}
 
 
 def get_config(variant: str = "full"):
+    if variant not in _EPOCHS:
+        raise UserError(f"variant={variant} must be one of {', '.join(_EPOCHS)}")
     config = default_config()
     config.method.name = "dgl"
     config.network.name = "cnn4"
@@ -24,7 +29,7 @@ def get_config(variant: str = "full"):
     config.data.crop_padding = 4
     config.data.std = (0.2023, 0.1994, 0.2010)  # As the official code has it.
     config.train.batch_size = 128
-    config.train.num_epochs = {"full": 50.0, "short": 8.0}[variant]
+    config.train.num_epochs = _EPOCHS[variant]
     config.optimizer.learning_rate = 0.1
     config.optimizer.momentum = 0.9
     config.optimizer.weight_decay = 5e-4
