@@ -31,7 +31,9 @@ def run(main: Callable[[Config, str], None]) -> None:
                 raise UserError(f"argument {remaining[1]!r} is not a flag; try --{remaining[1]}")
             return remaining
         except flags.Error as error:
-            _fail(str(error), 2)
+            # A configuration file that fails comes as a traceback; its last line says why.
+            reason = str(error).strip().splitlines()[-1]
+            _fail(reason.removeprefix("dgl_jax.errors.UserError: "), 2)
         except UserError as error:
             _fail(str(error), 2)
 
