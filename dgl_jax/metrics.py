@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tensorboardX
 
-from dgl_jax.errors import UserError
+from dgl_jax.errors import not_finite_error
 
 _compile_seconds = [0.0]
 
@@ -136,11 +136,7 @@ class TrainingLog:
         for step, row in zip(steps, values):
             for block, scalars in enumerate(row):
                 if not np.isfinite(scalars["loss"]):
-                    raise UserError(
-                        f"block_{block}/loss={scalars['loss']} at step {step} is not finite; the "
-                        "last good checkpoint is kept; try a lower config.optimizer.learning_rate "
-                        "with another --workdir"
-                    )
+                    raise not_finite_error(f"block_{block}/loss={scalars['loss']}", step)
         means = [
             {name: float(np.mean([row[block][name] for row in values])) for name in scalars}
             for block, scalars in enumerate(values[0])

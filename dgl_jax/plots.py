@@ -1,6 +1,5 @@
 """Pictures of a run: learning curves per block, and accuracy by depth."""
 
-import json
 import os
 
 import matplotlib
@@ -18,10 +17,8 @@ _STYLE = {
 }
 
 
-def plot_run(workdir: str) -> None:
+def plot_run(workdir: str, summary: dict) -> None:
     """Draws learning_curves.png and accuracy_by_depth.png from a run's metrics and summary."""
-    with open(os.path.join(workdir, "summary.json")) as file:
-        summary = json.load(file)
     lines = read_metrics(os.path.join(workdir, "metrics.jsonl"))
     matplotlib.use("Agg")
     with plt.rc_context(_STYLE):

@@ -18,7 +18,7 @@ from dgl_jax import checkpoint, cost, evaluation, metrics, placement, plots
 from dgl_jax.auxiliary import make_auxiliary
 from dgl_jax.config import Config, check_same_run, to_dict
 from dgl_jax.data import Dataset, load_dataset
-from dgl_jax.errors import UserError
+from dgl_jax.errors import UserError, not_finite_error
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods import METHODS
 from dgl_jax.models import check_image_shape, make_network
@@ -135,11 +135,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         for split, means in results.items():
             for block, loss in enumerate(means["loss"]):
                 if not math.isfinite(loss):
-                    raise UserError(
-                        f"{split}/block_{block}/loss={loss} at step {step} is not finite; the last "
-                        "good checkpoint is kept; try a lower config.optimizer.learning_rate with "
-                        "another --workdir"
-                    )
+                    raise not_finite_error(f"{split}/block_{block}/loss={loss}", step)
             writer.write(step, _flat_names(split, means))
         return results
 
@@ -223,8 +219,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "device_kind": placements[0].devices[0].device_kind,
         "num_devices": len({device for where in placements for device in where.devices}),
     }
-    _write_summary(workdir, summary)
-    plots.plot_run(workdir)
+    plots.plot_run(workdir, summary)
+    _write_summary(workdir, summary)  # Last: a run is finished when all its files are there.
     return summary
 
 
@@ -328,8 +324,4 @@ def _check_finite(states: Any, step: int) -> None:
     """An update can overflow although its loss was finite; such a state is not saved."""
     for block, state in enumerate(states):
         if not jax.device_get(_all_finite(state)):
-            raise UserError(
-                f"block_{block}'s parameters at step {step} are not finite; the last good "
-                "checkpoint is kept; try a lower config.optimizer.learning_rate with another "
-                "--workdir"
-            )
+            raise not_finite_error(f"a parameter of block_{block}", step)
