@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dgl_jax.losses import LossFn
+from dgl_jax.losses import LossFn, logits_of
 from dgl_jax.models.network import apply_module, init_module
 from dgl_jax.types import BlockState, Params, StepOutput
 
@@ -31,15 +31,18 @@ class Block:
       index: 0-based, from the input.
       first_layer: the place in the network of the first of `layers`.
       layers: flax modules.
-      head: the auxiliary head, or for the last block the network's own.
+      head: the auxiliary head, or for the last block the network's own; None for a block that
+        learns from a gradient that comes from above.
       loss_fn: maps the head's output and the labels to a scalar.
+      classifies: whether the head's output has logits.
     """
 
     index: int
     first_layer: int
     layers: tuple[Any, ...]
     head: Any
-    loss_fn: LossFn
+    loss_fn: LossFn | None
+    classifies: bool = True
 
 
 def init_block_state(
@@ -64,7 +67,9 @@ def init_block_state(
         layer_stats.append(stats)
     last_layer = block.first_layer + len(block.layers) - 1
     head_key = jax.random.fold_in(jax.random.fold_in(key, _HEAD_KEY), last_layer)
-    head_params, head_stats = init_module(block.head, head_key, x)
+    head_params, head_stats = (
+        ({}, {}) if block.head is None else init_module(block.head, head_key, x)
+    )
     params = {"layers": tuple(layer_params), "head": head_params}
     return BlockState(
         step=jnp.zeros([], jnp.int32),
@@ -94,29 +99,46 @@ def forward(
       key: random key of dropout, needed in training only.
 
     Returns:
-      ``(activations, logits, batch_stats)``: the last layer's output, the head's, and the
+      ``(activations, output, batch_stats)``: the last layer's output, the head's, and the
       running statistics after this batch.
     """
-    layer_stats = []
+    x, layer_stats = forward_layers(
+        block, params["layers"], batch_stats["layers"], x, train=train, key=key
+    )
+    head_key = None if key is None else jax.random.fold_in(key, _HEAD_KEY)
+    output, head_stats = apply_module(
+        block.head, params["head"], batch_stats["head"], x, train=train, key=head_key
+    )
+    return x, output, {"layers": layer_stats, "head": head_stats}
+
+
+def forward_layers(
+    block: Block,
+    params: Params,
+    batch_stats: Params,
+    x: jax.Array,
+    *,
+    train: bool,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Params]:
+    """Runs a block's layers without its head; the arguments are the parts named ``layers``.
+
+    Returns:
+      ``(activations, batch_stats)``.
+    """
+    after = []
     for offset, layer in enumerate(block.layers):
         layer_key = None if key is None else jax.random.fold_in(key, offset)
         x, stats = apply_module(
-            layer,
-            params["layers"][offset],
-            batch_stats["layers"][offset],
-            x,
-            train=train,
-            key=layer_key,
+            layer, params[offset], batch_stats[offset], x, train=train, key=layer_key
         )
-        layer_stats.append(stats)
-    head_key = None if key is None else jax.random.fold_in(key, _HEAD_KEY)
-    logits, head_stats = apply_module(
-        block.head, params["head"], batch_stats["head"], x, train=train, key=head_key
-    )
-    return x, logits, {"layers": tuple(layer_stats), "head": head_stats}
+        after.append(stats)
+    return x, tuple(after)
 
 
-def make_block_step(block: Block, optimizer: optax.GradientTransformation) -> BlockStep:
+def make_block_step(
+    block: Block, optimizer: optax.GradientTransformation, *, log_gradient_norm: bool = False
+) -> BlockStep:
     """Returns the update of one block (DGL, Algorithm 1, lines 4 to 6).
 
     The returned ``step(state, x, labels, key) -> StepOutput`` is pure; jit it with the state
@@ -126,6 +148,7 @@ def make_block_step(block: Block, optimizer: optax.GradientTransformation) -> Bl
     Args:
       block: the block.
       optimizer: the transformation whose state `init_block_state` made.
+      log_gradient_norm: whether the metrics have the local loss's gradient norm.
 
     Returns:
       ``step``, whose arguments are the block's state, its input [B, ...], the labels int32
@@ -139,35 +162,68 @@ def make_block_step(block: Block, optimizer: optax.GradientTransformation) -> Bl
         step_key = jax.random.fold_in(jax.random.fold_in(key, block.index), state.step)
 
         def local_loss(params):
-            activations, logits, batch_stats = forward(
+            activations, output, batch_stats = forward(
                 block, params, state.batch_stats, x, train=True, key=step_key
             )
-            return block.loss_fn(logits, labels), (activations, logits, batch_stats)
+            return block.loss_fn(output, labels), (activations, output, batch_stats)
 
-        (loss, (activations, logits, batch_stats)), gradients = jax.value_and_grad(
+        (loss, (activations, output, batch_stats)), gradients = jax.value_and_grad(
             local_loss, has_aux=True
         )(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        next_state = BlockState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-        )
-        top1 = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
-        metrics = {"loss": loss, "top1": top1}
+        metrics = {"loss": loss}
+        if block.classifies:
+            metrics["top1"] = jnp.mean(jnp.argmax(logits_of(output), axis=-1) == labels)
+        if log_gradient_norm:
+            metrics["gradient_norm"] = optax.global_norm(gradients)
+        next_state = apply_gradients(state, gradients, batch_stats, optimizer)
         return StepOutput(next_state, jax.lax.stop_gradient(activations), metrics)
 
     return step
 
 
+def apply_gradients(
+    state: BlockState,
+    gradients: Params,
+    batch_stats: Params,
+    optimizer: optax.GradientTransformation,
+) -> BlockState:
+    """The state after one update of the optimizer, with the given running statistics."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    return BlockState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+    )
+
+
+def make_block_feed(block: Block) -> Callable[[BlockState, jax.Array], jax.Array]:
+    """Returns ``feed(state, x) -> activations``: the layers alone, in evaluation mode."""
+
+    def feed(state: BlockState, x: jax.Array) -> jax.Array:
+        activations, _ = forward_layers(
+            block, state.params["layers"], state.batch_stats["layers"], x, train=False
+        )
+        return activations
+
+    return feed
+
+
 def make_block_eval(
     block: Block,
-) -> Callable[[Params, Params, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns ``evaluate(params, batch_stats, x) -> (activations, logits)``, in evaluation mode."""
+) -> Callable[[Params, Params, jax.Array], tuple[jax.Array, jax.Array | None]]:
+    """Returns ``evaluate(params, batch_stats, x) -> (activations, logits)``, in evaluation mode.
+
+    The logits are None for a block that does not classify.
+    """
 
     def evaluate(params: Params, batch_stats: Params, x: jax.Array):
-        activations, logits, _ = forward(block, params, batch_stats, x, train=False)
-        return activations, logits
+        if not block.classifies:
+            activations, _ = forward_layers(
+                block, params["layers"], batch_stats["layers"], x, train=False
+            )
+            return activations, None
+        activations, output, _ = forward(block, params, batch_stats, x, train=False)
+        return activations, logits_of(output)
 
     return evaluate

@@ -64,7 +64,7 @@ def save(
     Args:
       checkpointer: from `open_checkpointer`.
       step: the number of steps done.
-      states: the blocks' states.
+      states: the run's state: a tree of arrays.
       top1: the last block's accuracy at this step, if it was evaluated; ranks checkpoints.
       record: what else the run needs to go on, as JSON.
 
@@ -94,7 +94,7 @@ def restore_latest(
 
     Args:
       checkpointer: from `open_checkpointer`.
-      states: freshly initialised states: their structure, shapes, dtypes and shardings.
+      states: a fresh one: its structure, shapes, dtypes and shardings.
 
     Returns:
       ``(step, states, record)``, or None where there is no checkpoint.

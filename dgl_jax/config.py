@@ -22,6 +22,35 @@ class MethodConfig:
     """The training algorithm."""
 
     name: str = "dgl"
+    # sequential: how often each block's turn comes; the updates of a block are shared out.
+    laps: int = 1
+    # ddg: delayed gradients are taken at the "stale" weights of their forward pass (the paper),
+    # or at the "current" ones (the public code).
+    weights: str = "stale"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayConfig:
+    """Asynchronous DGL: who runs when, and the replay buffers between blocks."""
+
+    # async_dgl: blocks are drawn at "random", or in "round_robin".
+    order: str = "random"
+    # S: this block is drawn (async_dgl) or works (async_dgl_parallel) S times less often.
+    slow_block: int = 0
+    slowdown: float = 1.0
+    # async_dgl: how often each block is drawn, K probabilities; empty: by slow_block, slowdown.
+    pmf: tuple[float, ...] = ()
+    # M: mini-batches in each buffer.
+    buffer_size: int = 50
+    # float32, bfloat16 or int8 (with a scale a channel).
+    buffer_dtype: str = "float32"
+    # lifo_least_reused, official or fifo: see replay.select_slot.
+    policy: str = "lifo_least_reused"
+    # A batch is not read again once it has been used so often, writing included; 0: no limit.
+    max_reuse: int = 0
+    # async_dgl: none, once or official; and exact or official: see replay.PlanConfig.
+    warm_up: str = "once"
+    accounting: str = "exact"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +90,20 @@ class AuxiliaryConfig:
     name: str = "mlp_sr"
     # A cap on the hidden width of the head's MLP; 0 for none.
     max_hidden: int = 0
+    # pred: the block's output is pooled until it has no more than so many features.
+    max_features: int = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The local loss of every block."""
+    """The local loss of every block. The last block's is always the cross-entropy."""
 
+    # cross_entropy (PredSim's "pred"), sim (similarity matching), or predsim (both, weighted).
     name: str = "cross_entropy"
+    # A loss for each block but the last, to differ from one block to the next; empty: `name`.
+    per_block: tuple[str, ...] = ()
+    # predsim: the weight of sim; the cross-entropy has the rest.
+    similarity_weight: float = 0.99
     label_smoothing: float = 0.0
 
 
@@ -139,6 +175,8 @@ class TrainConfig:
     num_epochs: float = 50.0
     # Between two lines of training metrics.
     log_every_steps: int = 20
+    # Each block's gradient norm, and the running sum of learning rate x its square.
+    log_gradient_norm: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +187,10 @@ class EvalConfig:
     batch_size: int = 500
     # How many of the last heads the log-softmax ensemble sums.
     ensemble_last: int = 2
+    # How far each block's outputs on a fixed probe batch are from their final distribution.
+    log_drift: bool = False
+    # Whether each block's work of one step is timed at the end, block by block.
+    time_blocks: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +207,7 @@ class Config:
 
     seed: int = 0
     method: MethodConfig = MethodConfig()
+    replay: ReplayConfig = ReplayConfig()
     network: NetworkConfig = NetworkConfig()
     partition: PartitionConfig = PartitionConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
@@ -178,15 +221,41 @@ class Config:
 
 
 # What may change when a run is resumed: sections and fields that change no number trained.
-_RESUMABLE = ("placement", "eval", "checkpoint", "data.num_workers", "train.log_every_steps")
+_RESUMABLE = (
+    "placement",
+    "eval",
+    "checkpoint",
+    "data.num_workers",
+    "train.log_every_steps",
+    "train.log_gradient_norm",
+)
+
+_METHODS = (
+    "backprop",
+    "dgl",
+    "sequential",
+    "async_dgl",
+    "async_dgl_parallel",
+    "dni",
+    "cdni",
+    "ddg",
+    "features_replay",
+)
+_LOSSES = ("cross_entropy", "pred", "sim", "predsim")
 
 _CHOICES = {
-    "method.name": ("backprop", "dgl"),
+    "method.name": _METHODS,
+    "method.weights": ("stale", "current"),
+    "replay.order": ("random", "round_robin"),
+    "replay.buffer_dtype": ("float32", "bfloat16", "int8"),
+    "replay.policy": ("lifo_least_reused", "official", "fifo"),
+    "replay.warm_up": ("none", "once", "official"),
+    "replay.accounting": ("exact", "official"),
     "partition.strategy": ("uniform", "explicit", "per_layer", "balanced"),
     "partition.cost": ("flops", "time"),
     "network.form": ("cifar", "tiny_imagenet", "imagenet"),
     "network.dtype": ("float32", "bfloat16"),
-    "loss.name": ("cross_entropy",),
+    "loss.name": _LOSSES,
     "optimizer.name": ("sgd", "adam"),
     "optimizer.weight_decay_on": ("all", "kernels"),
     "optimizer.schedule": ("constant", "step", "cosine"),
@@ -197,10 +266,17 @@ _CHOICES = {
 # The least value of a field, and whether that value itself is allowed.
 _MINIMUM = {
     "seed": (0, True),
+    "method.laps": (1, True),
+    "replay.slow_block": (0, True),
+    "replay.slowdown": (1, True),
+    "replay.buffer_size": (1, True),
+    "replay.max_reuse": (0, True),
     "network.width_factor": (0, False),
     "network.dropout": (0, True),
     "partition.num_blocks": (0, True),
     "auxiliary.max_hidden": (0, True),
+    "auxiliary.max_features": (1, True),
+    "loss.similarity_weight": (0, True),
     "loss.label_smoothing": (0, True),
     "optimizer.learning_rate": (0, False),
     "optimizer.momentum": (0, True),
@@ -367,7 +443,63 @@ def _check_values(config: Config) -> None:
     _check_together(config)
 
 
+def _check_method(config: Config) -> None:
+    """Fields that belong to one method, and what a method can't do."""
+    method, loss, kind = config.method, config.loss, config.placement.kind
+    is_async = method.name in ("async_dgl", "async_dgl_parallel")
+    if method.laps > 1 and method.name != "sequential":
+        raise UserError(
+            f"config.method.laps={method.laps} is used by sequential only, not by {method.name}; "
+            "set config.method.laps=1"
+        )
+    if method.weights != "stale" and method.name != "ddg":
+        raise UserError(
+            f"config.method.weights={method.weights} is used by ddg only, not by {method.name}; "
+            "set config.method.weights=stale"
+        )
+    if config.replay != ReplayConfig() and not is_async:
+        field, value = next(
+            (field.name, getattr(config.replay, field.name))
+            for field in dataclasses.fields(ReplayConfig)
+            if getattr(config.replay, field.name) != field.default
+        )
+        raise UserError(
+            f"config.replay.{field}={value} is used by async_dgl and async_dgl_parallel only, "
+            f"not by {method.name}; leave it out"
+        )
+    wanted = {"async_dgl": "fused", "dni": "fused", "cdni": "fused"}
+    wanted["async_dgl_parallel"] = "pipelined"
+    if wanted.get(method.name, kind) != kind:
+        raise UserError(
+            f"config.placement.kind={kind} is not for config.method.name={method.name}; "
+            f"set config.placement.kind={wanted[method.name]}"
+        )
+    for name in loss.per_block:
+        if name not in _LOSSES:
+            raise UserError(
+                f"config.loss.per_block={loss.per_block}: {name!r} must be one of "
+                f"{', '.join(_LOSSES)}"
+            )
+    matching = [name for name in (loss.name, *loss.per_block) if name in ("sim", "predsim")]
+    if matching:
+        if method.name not in ("dgl", "sequential", "async_dgl", "async_dgl_parallel"):
+            raise UserError(
+                f"config.loss.name={matching[0]} is a local loss, but the blocks of "
+                f"config.method.name={method.name} have none; set config.loss.name=cross_entropy"
+            )
+        if config.train.batch_size < 2:
+            raise UserError(
+                f"config.train.batch_size={config.train.batch_size}: the {matching[0]} loss "
+                "compares the examples of a batch; try 128"
+            )
+    if loss.per_block and method.name == "backprop":
+        raise UserError("config.loss.per_block does not apply to backprop, which is one block")
+    if loss.similarity_weight > 1:
+        raise UserError(f"config.loss.similarity_weight={loss.similarity_weight} must be at most 1")
+
+
 def _check_together(config: Config) -> None:
+    _check_method(config)
     train, partition, placement = config.train, config.partition, config.placement
     if (train.num_steps > 0) == (train.num_epochs > 0):
         raise UserError(

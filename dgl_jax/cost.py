@@ -6,6 +6,7 @@ FLOPs are XLA's own count of the forward pass, two a multiply-add.
 import dataclasses
 import math
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dgl_jax.block import Block
+from dgl_jax.block import Block, make_block_feed
 from dgl_jax.models.network import Network, apply_module, init_module
+from dgl_jax.placement import BlockPlacement
+from dgl_jax.types import Batch, BlockState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,9 @@ def block_costs(blocks: Sequence[Block], image_shape: Sequence[int]) -> list[Blo
             layer_flops, parameters, x = _module_cost(layer, x)
             layers_flops += layer_flops
             layers_parameters += parameters
-        head_flops, head_parameters, _ = _module_cost(block.head, x)
+        head_flops, head_parameters = 0.0, 0
+        if block.head is not None:
+            head_flops, head_parameters, _ = _module_cost(block.head, x)
         activation_bytes = math.prod(x.shape) * x.dtype.itemsize
         costs.append(
             BlockCost(
@@ -128,6 +133,37 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def block_step_seconds(
+    blocks: Sequence[Block],
+    works: Sequence[Callable[..., Any]],
+    states: Sequence[BlockState],
+    batch: Batch,
+    placements: Sequence[BlockPlacement],
+    repeats: int = 5,
+) -> list[float]:
+    """The time of each block's work of one step, alone on its own devices.
+
+    Args:
+      blocks: of one network, in order.
+      works: ``work(state, x, labels, key)`` of each block, `Method.make_block_work`.
+      states: the blocks' states.
+      batch: a training batch.
+      placements: one a block.
+      repeats: how often each is timed, after a first run that compiles.
+
+    Returns:
+      The median seconds, one a block.
+    """
+    seconds, x = [], batch.images
+    for block, work, state, placement in zip(blocks, works, states, placements, strict=True):
+        x, labels = jax.device_put((x, batch.labels), placement.batch)
+        key = jax.device_put(jax.random.key(0), placement.state)
+        run, feed = jax.jit(work), jax.jit(make_block_feed(block))
+        seconds.append(_median_seconds(lambda: run(state, x, labels, key), repeats))  # noqa: B023
+        x = feed(state, x)
+    return seconds
+
+
 def _variables(module: Any, x: jax.ShapeDtypeStruct) -> tuple[Any, Any]:
     return jax.eval_shape(
         lambda: init_module(module, jax.random.key(0), jnp.zeros(x.shape, x.dtype))
@@ -168,10 +204,15 @@ def _training_seconds(module: Any, x: jax.ShapeDtypeStruct, repeats: int = 5) ->
 
         return jax.grad(output_sum, argnums=(0, 1))(params, x)
 
-    jax.block_until_ready(run(params, x))
+    return _median_seconds(lambda: run(params, x), repeats)
+
+
+def _median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """After a first run that compiles."""
+    jax.block_until_ready(run())
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(run(params, x))
+        jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[repeats // 2]
+    return statistics.median(seconds)

@@ -8,7 +8,7 @@ import numpy as np
 
 from dgl_jax.losses import cross_entropy
 
-Logits = tuple[jax.Array, ...]
+Logits = dict[int, jax.Array]
 
 
 def count_batch(
@@ -17,27 +17,27 @@ def count_batch(
     """Sums over one batch what `evaluate` averages over all.
 
     Args:
-      heads: each block's logits, float [B, num_classes].
+      heads: the logits, float [B, num_classes], of each block that classifies, by its index.
       labels: int32 [B].
       mask: float32 [B], 0 where an example only fills the batch.
       ensemble_last: how many of the last heads the second ensemble sums.
 
     Returns:
-      ``loss``, ``top1``, ``top5``: float32 [num_blocks] sums; ``ensemble_top1`` and
+      ``loss``, ``top1``, ``top5``: float32 sums, one a head; ``ensemble_top1`` and
       ``ensemble_last_top1``: scalar sums; ``examples``: the number of real ones.
 
     Source: the ensembles are those of the official code: softmax outputs weighted 2^i (DGL's
       ImageNet runs), and the sum of the log-softmax of the last n heads (SEDONA).
     """
-    logits = jnp.stack([head.astype(jnp.float32) for head in heads])
-    num_blocks, _, num_classes = logits.shape
+    logits = jnp.stack([heads[block].astype(jnp.float32) for block in sorted(heads)])
+    num_heads, _, num_classes = logits.shape
     correct = jnp.argmax(logits, axis=-1) == labels[None]
     # An example is in the top 5 when fewer than five classes score higher than its own.
     own = jnp.take_along_axis(logits, labels[None, :, None], axis=-1)
     in_top5 = jnp.sum(logits > own, axis=-1) < min(5, num_classes)
     loss = jax.vmap(cross_entropy, in_axes=(0, None))(logits, labels)
 
-    weights = 2.0 ** jnp.arange(num_blocks)
+    weights = 2.0 ** jnp.arange(num_heads)
     weighted = jnp.tensordot(weights, jax.nn.softmax(logits), axes=1)
     last = jnp.sum(jax.nn.log_softmax(logits[-ensemble_last:]), axis=0)
 
@@ -60,13 +60,13 @@ def make_evaluate(
     """Returns ``evaluate(states, batches) -> means``: one pass over a split for all heads.
 
     Args:
-      logits_fn: ``logits_fn(states, images)``, each head's logits (`Runner.logits`).
+      logits_fn: ``logits_fn(states, images)``, the heads' logits (`Runner.logits`).
       sharding: of the logits' batch axis: where labels go to meet them.
       ensemble_last: as in `count_batch`.
 
     Returns:
       A function of the states and of an iterable of (images, labels, mask). It returns
-      ``loss``, ``top1``, ``top5``: lists of one float a block; ``ensemble_top1``,
+      ``loss``, ``top1``, ``top5``: lists of one float a head; ``ensemble_top1``,
       ``ensemble_last_top1``: floats. Accuracies are fractions in [0, 1].
     """
     count = jax.jit(count_batch, static_argnames="ensemble_last")

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 
 from dgl_jax.config import LossConfig
 
-LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+# What a head returns: logits, or a dictionary with "logits" (where it has any) and more.
+HeadOutput = jax.Array | dict[str, jax.Array]
+LossFn = Callable[[HeadOutput, jax.Array], jax.Array]
+
+
+def logits_of(output: HeadOutput) -> jax.Array:
+    """The logits in a head's output."""
+    return output["logits"] if isinstance(output, dict) else output
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:

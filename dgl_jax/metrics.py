@@ -3,7 +3,7 @@
 import collections
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -96,8 +96,9 @@ class TrainingLog:
         *,
         every_steps: int,
         batch_size: int,
-        steps_per_epoch: int,
+        steps_per_epoch: float,
         learning_rates: np.ndarray,
+        totals: dict[str, float],
     ):
         """Args:
         writer: where lines go.
@@ -105,15 +106,23 @@ class TrainingLog:
         every_steps: the length of an interval.
         batch_size: examples a step.
         steps_per_epoch: to state the epoch.
-        learning_rates: float [num_steps], that of each update.
+        learning_rates: float [num_updates], that of each update.
+        totals: sums over the whole run, gone on with; saved with a checkpoint.
         """
         self._writer, self._bar = writer, bar
         self._every_steps, self._batch_size = every_steps, batch_size
         self._steps_per_epoch, self._learning_rates = steps_per_epoch, learning_rates
+        self._totals = totals
         self._unread = collections.deque()
 
-    def append(self, step: int, block_metrics: Sequence[Mapping[str, jax.Array]]) -> None:
-        """Takes the metrics of step number `step` (from 1), one dict of scalars a block."""
+    def append(self, step: int, block_metrics: Mapping[int, Mapping[str, Any]]) -> None:
+        """Takes the metrics of step number `step` (from 1).
+
+        Args:
+          step: from 1.
+          block_metrics: scalars of each block that made an update, by the block's index;
+            among them ``updates``, the number it has made.
+        """
         self._unread.append((step, block_metrics))
         self._bar.update(self._batch_size)
         if step % self._every_steps == 0 and len(self._unread) > self._every_steps:
@@ -131,24 +140,38 @@ class TrainingLog:
         if not count:
             return
         rows = [self._unread.popleft() for _ in range(count)]
-        steps = [step for step, _ in rows]
         values = jax.device_get([block_metrics for _, block_metrics in rows])
-        for step, row in zip(steps, values):
-            for block, scalars in enumerate(row):
-                if not np.isfinite(scalars["loss"]):
+        columns, line = {}, {}
+        for (step, _), row in zip(rows, values):
+            for block, scalars in row.items():
+                if "loss" in scalars and not np.isfinite(scalars["loss"]):
                     raise not_finite_error(f"block_{block}/loss={scalars['loss']}", step)
-        means = [
-            {name: float(np.mean([row[block][name] for row in values])) for name in scalars}
-            for block, scalars in enumerate(values[0])
-        ]
-        step = steps[-1]
-        line = {
-            f"train/block_{block}/{name}": value
-            for block, scalars in enumerate(means)
-            for name, value in scalars.items()
+                learning_rate = self._learning_rates[scalars["updates"] - 1]
+                for name, value in scalars.items():
+                    columns.setdefault((block, name), []).append(value)
+                if "gradient_norm" in scalars:
+                    name = f"train/block_{block}/sum_learning_rate_gradient_norm_squared"
+                    added = float(learning_rate * scalars["gradient_norm"] ** 2)
+                    line[name] = self._totals[name] = self._totals.get(name, 0.0) + added
+        if not columns:
+            return  # Only blocks that have finished had their turn, to feed the others.
+        step = rows[-1][0]
+        updates = {
+            block: column[-1] for (block, name), column in columns.items() if name == "updates"
         }
-        line["train/learning_rate"] = float(self._learning_rates[step - 1])
+        for (block, name), column in sorted(columns.items()):
+            if name != "updates":
+                line[f"train/block_{block}/{name}"] = float(np.mean(column))
+        if set(updates.values()) == {step}:  # All blocks go in step.
+            line["train/learning_rate"] = float(self._learning_rates[step - 1])
+        else:
+            for block, made in updates.items():
+                line[f"train/block_{block}/updates"] = made
+                line[f"train/block_{block}/learning_rate"] = float(self._learning_rates[made - 1])
         line["train/epoch"] = step / self._steps_per_epoch
         self._writer.write(step, line)
-        accuracies = " ".join(f"{scalars['top1']:.1%}" for scalars in means)
-        self._bar.set_postfix_str(f"step {step}, loss {means[-1]['loss']:.3f}, top-1 {accuracies}")
+        shown = [f"step {step}"]
+        for name, form in (("loss", ".3f"), ("top1", ".1%")):
+            numbers = [np.mean(columns[key]) for key in sorted(columns) if key[1] == name]
+            shown.append(f"{name} " + " ".join(format(number, form) for number in numbers))
+        self._bar.set_postfix_str(", ".join(shown))

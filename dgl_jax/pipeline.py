@@ -1,52 +1,67 @@
 """How blocks run on devices: fused in one program, or pipelined, one program a block.
 
 Both runners offer the same functions and compute the same numbers. They know no loss and no
-method: they run a method's schedule over its blocks.
+method: they run a schedule's tasks over blocks.
 """
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dgl_jax.block import init_block_state, make_block_eval, make_block_step
-from dgl_jax.config import PlacementConfig
-from dgl_jax.methods.method import Method
+from dgl_jax.block import Block, init_block_state, make_block_eval, make_block_feed, make_block_step
+from dgl_jax.config import Config
 from dgl_jax.placement import BlockPlacement
-from dgl_jax.types import Batch, BlockState, Metrics, StepOutput
+from dgl_jax.schedule import UPDATE, Task
+from dgl_jax.types import Batch, BlockState, Metrics, StepOutput, TrainState
 
-States = tuple[BlockState, ...]
+BatchAt = Callable[[int], Batch]
+Step = Callable[[TrainState, Sequence[Task], BatchAt], tuple[TrainState, dict[int, Metrics]]]
+Logits = Callable[[Sequence[BlockState], jax.Array], dict[int, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
-    """Runs a method's blocks on their devices. Every function returns without waiting.
+    """Runs blocks on their devices. `step` and `logits` return without waiting for a device.
 
     Attributes:
-      step: ``step(states, batch) -> (states, metrics)``, one step of every block; the states
-        passed in are donated. Metrics are one dict of scalars a block.
-      logits: ``logits(states, images) -> tuple``, each head's logits in evaluation mode, all
-        on the last block's devices.
+      step: ``step(state, tasks, batch_at) -> (state, metrics)``, the tasks of one step of a
+        schedule; the state passed in is donated. Metrics are scalars of each block that made
+        an update, by the block's index.
+      logits: ``logits(block_states, images)``, the logits of each block that classifies, by
+        the block's index, in evaluation mode, all on the last block's devices.
+      init_memory: ``init_memory(block_states, images)`` makes the state's memory, where the
+        method has one; ``images`` is a ShapeDtypeStruct of a training batch.
+      snapshot: the state as it is now, to evaluate and save: for a runner whose blocks train
+        on while nobody calls `step`.
+      close: ends whatever still runs.
     """
 
-    step: Callable[[States, Batch], tuple[States, tuple[Metrics, ...]]]
-    logits: Callable[[States, jax.Array], tuple[jax.Array, ...]]
+    step: Step
+    logits: Logits
+    init_memory: Callable[[Sequence[BlockState], jax.ShapeDtypeStruct], Any] = (
+        lambda block_states, images: ()
+    )
+    snapshot: Callable[[TrainState], TrainState] = lambda state: state
+    close: Callable[[], None] = lambda: None
 
 
 def init_states(
-    method: Method,
+    blocks: Sequence[Block],
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     image_shape: Sequence[int],
     placements: Sequence[BlockPlacement],
-) -> States:
+) -> tuple[BlockState, ...]:
     """Initialises every block where it lives.
 
     Args:
-      method: the blocks.
+      blocks: of one network, in order.
       optimizer: the transformation every block has its own state of.
       key: the run's random key.
       image_shape: (H, W, C), or whatever shape one example has.
@@ -57,25 +72,50 @@ def init_states(
     """
     states = []
     shape = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    for block, placement in zip(method.blocks, placements, strict=True):
+    for block, placement in zip(blocks, placements, strict=True):
 
         def init(key, block=block, shape=shape):
             return init_block_state(block, optimizer, key, jnp.zeros(shape.shape, shape.dtype))
 
         init = jax.jit(init, out_shardings=placement.state)
         states.append(init(jax.device_put(key, placement.state)))
-        shape, _ = jax.eval_shape(
-            make_block_eval(block), states[-1].params, states[-1].batch_stats, shape
-        )
+        shape = jax.eval_shape(make_block_feed(block), states[-1], shape)
     return tuple(states)
 
 
+def make_logits(blocks: Sequence[Block], placements: Sequence[BlockPlacement]) -> Logits:
+    """Returns `Runner.logits`: one program where all blocks live together, else one a block."""
+    evaluates = [make_block_eval(block) for block in blocks]
+
+    def run(block_states, images, evaluates, move):
+        x, heads = images, {}
+        for block, state, evaluate in zip(blocks, block_states, evaluates, strict=True):
+            x, logits = evaluate(state.params, state.batch_stats, move(x, placements[block.index]))
+            if block.classifies:
+                heads[block.index] = logits
+        return heads
+
+    if len({placement.devices for placement in placements}) == 1:
+        fused = lambda block_states, images: run(
+            block_states, images, evaluates, lambda x, placement: x
+        )
+        return jax.jit(fused, out_shardings=placements[0].batch)
+
+    programs = [jax.jit(evaluate) for evaluate in evaluates]
+
+    def logits(block_states, images):
+        move = lambda x, placement: jax.device_put(x, placement.batch)
+        return jax.device_put(run(block_states, images, programs, move), placements[-1].batch)
+
+    return logits
+
+
 def make_fused_runner(
-    method: Method,
+    config: Config,
+    blocks: Sequence[Block],
     optimizer: optax.GradientTransformation,
     key: jax.Array,
-    placement: BlockPlacement,
-    max_steps_in_flight: int,
+    placements: Sequence[BlockPlacement],
 ) -> Runner:
     """All blocks in one program on one mesh.
 
@@ -83,49 +123,52 @@ def make_fused_runner(
     die before the next block runs: less memory than backprop.
 
     Args:
-      method: blocks and schedule.
+      config: its placement and what it logs.
+      blocks: of one network, in order.
       optimizer: as in `init_states`.
       key: the run's random key.
-      placement: the mesh of all blocks.
-      max_steps_in_flight: steps dispatched but not finished, at the most.
+      placements: all of one mesh.
     """
-    updates = [make_block_step(block, optimizer) for block in method.blocks]
-    key = jax.device_put(key, placement.state)
+    log_norm = config.train.log_gradient_norm
+    updates = [make_block_step(block, optimizer, log_gradient_norm=log_norm) for block in blocks]
+    feeds = [make_block_feed(block) for block in blocks]
+    key = jax.device_put(key, placements[0].state)
 
-    def step(states, batch, key):
-        states, metrics = list(states), [{} for _ in states]
-        activations = [batch.images] + [None] * len(states)
-        for task in method.schedule(len(states), 0, 1):
-            with jax.named_scope(f"block_{task.block}"):
-                output = updates[task.block](
-                    states[task.block], activations[task.block], batch.labels, key
-                )
-            states[task.block] = output.state
-            activations[task.block + 1] = output.activations
-            metrics[task.block] = output.metrics
-        return tuple(states), tuple(metrics)
+    # A program for each list of operations: one in synchronous training, K in sequential.
+    @functools.cache
+    def program(operations):
+        def step(states, batch, key):
+            states, metrics, x = list(states), {}, batch.images
+            for block, operation in operations:
+                with jax.named_scope(f"block_{block}"):
+                    if operation == UPDATE:
+                        output = updates[block](states[block], x, batch.labels, key)
+                        states[block], x = output.state, output.activations
+                        metrics[block] = output.metrics
+                    else:
+                        x = feeds[block](states[block], x)
+            return tuple(states), metrics
 
-    def logits(states, images):
-        x, heads = images, []
-        for block, state in zip(method.blocks, states, strict=True):
-            x, head_logits = make_block_eval(block)(state.params, state.batch_stats, x)
-            heads.append(head_logits)
-        return tuple(heads)
+        # Outputs are pinned to where inputs live: the compiler must not choose anew each step.
+        return jax.jit(step, donate_argnums=0, out_shardings=placements[0].state)
 
-    # Outputs are pinned to where inputs live: the compiler must not choose anew each step.
-    step = jax.jit(step, donate_argnums=0, out_shardings=placement.state)
+    def step(state, tasks, batch_at):
+        operations = tuple((task.block, task.operation) for task in tasks)
+        states, metrics = program(operations)(state.blocks, batch_at(tasks[0].batch), key)
+        return TrainState(states, state.memory), metrics
+
     return Runner(
-        step=_bound_in_flight(lambda states, batch: step(states, batch, key), max_steps_in_flight),
-        logits=jax.jit(logits, out_shardings=placement.batch),
+        step=bound_in_flight(step, config.placement.max_steps_in_flight),
+        logits=make_logits(blocks, placements),
     )
 
 
 def make_pipelined_runner(
-    method: Method,
+    config: Config,
+    blocks: Sequence[Block],
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     placements: Sequence[BlockPlacement],
-    max_steps_in_flight: int,
 ) -> Runner:
     """One program a block, each on its own mesh; activations move by device_put.
 
@@ -133,70 +176,76 @@ def make_pipelined_runner(
     previous update is done, so block 0 works on step t + 1 while block 1 works on step t.
 
     Args:
-      method: blocks and schedule.
+      config: its placement and what it logs.
+      blocks: of one network, in order.
       optimizer: as in `init_states`.
       key: the run's random key.
       placements: one a block.
-      max_steps_in_flight: steps dispatched but not finished by the last block, at the most;
-        without a bound a fast first block would fill the memory with activations.
     """
-    num_blocks = len(method.blocks)
+    log_norm = config.train.log_gradient_norm
     updates = [
         jax.jit(
-            jax.named_call(make_block_step(block, optimizer), name=f"block_{block.index}"),
+            jax.named_call(
+                make_block_step(block, optimizer, log_gradient_norm=log_norm),
+                name=f"block_{block.index}",
+            ),
             donate_argnums=0,
             out_shardings=StepOutput(placement.state, placement.batch, placement.state),
         )
-        for block, placement in zip(method.blocks, placements, strict=True)
+        for block, placement in zip(blocks, placements, strict=True)
     ]
-    evaluates = [jax.jit(make_block_eval(block)) for block in method.blocks]
+    feeds = [
+        jax.jit(make_block_feed(block), out_shardings=placement.batch)
+        for block, placement in zip(blocks, placements)
+    ]
     keys = [jax.device_put(key, placement.state) for placement in placements]
 
-    def step(states, batch):
-        states, metrics = list(states), [{} for _ in states]
-        activations = [batch.images] + [None] * num_blocks
-        for task in method.schedule(num_blocks, 0, 1):
+    def step(state, tasks, batch_at):
+        states, metrics = list(state.blocks), {}
+        batch = batch_at(tasks[0].batch)
+        x = batch.images
+        for task in tasks:
             block = task.block
-            x, labels = jax.device_put((activations[block], batch.labels), placements[block].batch)
-            output = updates[block](states[block], x, labels, keys[block])
-            states[block] = output.state
-            activations[block + 1] = output.activations
-            metrics[block] = output.metrics
-        return tuple(states), tuple(metrics)
+            x = jax.device_put(x, placements[block].batch)
+            if task.operation == UPDATE:
+                labels = jax.device_put(batch.labels, placements[block].batch)
+                output = updates[block](states[block], x, labels, keys[block])
+                states[block], x = output.state, output.activations
+                metrics[block] = output.metrics
+            else:
+                x = feeds[block](states[block], x)
+        return TrainState(tuple(states), state.memory), metrics
 
-    def logits(states, images):
-        x, heads = images, []
-        for state, evaluate, placement in zip(states, evaluates, placements):
-            x = jax.device_put(x, placement.batch)
-            x, head_logits = evaluate(state.params, state.batch_stats, x)
-            heads.append(head_logits)
-        return tuple(jax.device_put(heads, placements[-1].batch))
-
-    return Runner(step=_bound_in_flight(step, max_steps_in_flight), logits=logits)
+    return Runner(
+        step=bound_in_flight(step, config.placement.max_steps_in_flight),
+        logits=make_logits(blocks, placements),
+    )
 
 
 def make_runner(
-    config: PlacementConfig,
-    method: Method,
+    config: Config,
+    blocks: Sequence[Block],
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     placements: Sequence[BlockPlacement],
 ) -> Runner:
     """The runner that ``config.placement`` asks for."""
-    if config.kind == "fused":
-        return make_fused_runner(method, optimizer, key, placements[0], config.max_steps_in_flight)
-    return make_pipelined_runner(method, optimizer, key, placements, config.max_steps_in_flight)
+    make = {"fused": make_fused_runner, "pipelined": make_pipelined_runner}[config.placement.kind]
+    return make(config, blocks, optimizer, key, placements)
 
 
-def _bound_in_flight(step: Callable, max_steps_in_flight: int) -> Callable:
-    """Lets the host run ahead of the last block by so many steps and no more."""
+def bound_in_flight(step: Step, max_steps_in_flight: int) -> Step:
+    """Lets the host run ahead of the devices by so many steps and no more.
+
+    Without a bound a fast first block would fill the memory with activations.
+    """
     in_flight = collections.deque()
 
-    def bounded_step(states, batch):
+    def bounded_step(state, tasks, batch_at):
         if len(in_flight) == max_steps_in_flight:
             jax.block_until_ready(in_flight.popleft())
-        states, metrics = step(states, batch)
-        in_flight.append(metrics[-1])
-        return states, metrics
+        state, metrics = step(state, tasks, batch_at)
+        in_flight.append(metrics)
+        return state, metrics
 
     return bounded_step

@@ -40,7 +40,8 @@ def _plot_learning_curves(workdir: str, summary: dict, lines: list[dict]) -> Non
                     if key in line
                 ]
                 label = f"block {block}" if split == "test" else None
-                axes.plot(*zip(*points), color=color, label=label, **style)
+                if points:  # A block without a classifier has no accuracy.
+                    axes.plot(*zip(*points), color=color, label=label, **style)
     loss_axes.set(xlabel="epoch", ylabel="local loss (train: faint, test: dots)")
     accuracy_axes.set(xlabel="epoch", ylabel="top-1 accuracy, %")
     accuracy_axes.legend(frameon=False, fontsize="small", ncols=1 + summary["num_blocks"] // 9)
@@ -52,12 +53,12 @@ def _plot_learning_curves(workdir: str, summary: dict, lines: list[dict]) -> Non
 def _plot_accuracy_by_depth(workdir: str, summary: dict, lines: list[dict]) -> None:
     """One curve an evaluation, from light (early) to dark (late): Figure 4 of the DGL paper."""
     figure, axes = plt.subplots(figsize=(6, 4))
-    evaluations = [line for line in lines if "test/block_0/top1" in line]
+    blocks = summary["classifiers"]
+    evaluations = [line for line in lines if f"test/block_{blocks[0]}/top1" in line]
     shown = evaluations[:: max(1, len(evaluations) // 8)]
     if shown[-1] is not evaluations[-1]:
         shown.append(evaluations[-1])
     steps_per_epoch = summary["steps"] / summary["epochs"]
-    blocks = range(summary["num_blocks"])
     for place, line in enumerate(shown):
         accuracies = [100 * line[f"test/block_{block}/top1"] for block in blocks]
         axes.plot(
@@ -67,7 +68,7 @@ def _plot_accuracy_by_depth(workdir: str, summary: dict, lines: list[dict]) -> N
             color=plt.get_cmap("viridis_r")((place + 1) / len(shown)),
             label=f"epoch {line['step'] / steps_per_epoch:.3g}",
         )
-    axes.set(xlabel="block", ylabel="test top-1 accuracy, %", xticks=list(blocks))
+    axes.set(xlabel="block", ylabel="test top-1 accuracy, %", xticks=blocks)
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title(_title(summary))
     figure.savefig(os.path.join(workdir, "accuracy_by_depth.png"))

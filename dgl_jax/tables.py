@@ -18,11 +18,11 @@ def accuracy_table(summaries: Sequence[Mapping[str, Any]]) -> str:
     header += ["ensemble", "images/s", "seconds"]
     rows = []
     for summary in summaries:
-        accuracies = [f"{100 * top1:.2f} %" for top1 in summary["test_top1"]]
-        if summary["num_blocks"] == 1:
-            # Backprop has one head, on the last layer: its place is the last column.
-            accuracies = ["-"] * (num_blocks - 1) + accuracies
-        accuracies += ["-"] * (num_blocks - len(accuracies))
+        # Backprop's one head is on the last layer: its place is the last column.
+        shift = num_blocks - 1 if summary["num_blocks"] == 1 else 0
+        accuracies = ["-"] * num_blocks
+        for block, top1 in zip(summary["classifiers"], summary["test_top1"]):
+            accuracies[block + shift] = f"{100 * top1:.2f} %"
         speed = summary["train_examples_per_second"]
         rows.append(
             [

@@ -1,6 +1,7 @@
 """A training run from beginning to end."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,7 +26,9 @@ from dgl_jax.models import check_image_shape, make_network
 from dgl_jax.models.network import Network
 from dgl_jax.optim import make_optimizer, make_schedule
 from dgl_jax.partition import balanced_cuts, explicit_cuts, per_layer_cuts, uniform_cuts
-from dgl_jax.pipeline import init_states, make_runner
+from dgl_jax.pipeline import init_states
+from dgl_jax.schedule import BACKWARD, UPDATE
+from dgl_jax.types import TrainState
 
 
 def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
@@ -54,14 +57,12 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     first_placement = placement.make_placements(config.placement, num_blocks=1)[0]
     dataset = _load_dataset(config, first_placement.batch)
     steps_per_epoch = dataset.steps_per_epoch
-    num_steps = config.train.num_steps or round(config.train.num_epochs * steps_per_epoch)
-    if num_steps < 1:
+    num_updates = config.train.num_steps or round(config.train.num_epochs * steps_per_epoch)
+    if num_updates < 1:
         raise UserError(
             f"config.train.num_epochs={config.train.num_epochs} is less than one step; "
             f"an epoch has {steps_per_epoch} steps"
         )
-    eval_every = max(1, round(config.eval.every_epochs * steps_per_epoch))
-    checkpoint_every = config.checkpoint.every_steps or steps_per_epoch
 
     # ---- Network, cuts, blocks.
     dtype = jnp.bfloat16 if config.network.dtype == "bfloat16" else None
@@ -84,30 +85,52 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         cuts = tuple(previous["config"]["resolved"]["cuts"])  # Measured costs may differ by now.
     else:
         cuts = choose_cuts(config, network, head, dataset.image_shape)
-    method = METHODS[config.method.name](network, cuts, head, make_loss_fn(config.loss))
-    num_blocks = len(method.blocks)
+    method = METHODS[config.method.name]
+    blocks = method.make_blocks(network, cuts, head, make_loss_fn(config.loss))
+    num_blocks = len(blocks)
+
+    # ---- In what order they run. A step is one turn of the schedule, an epoch of it the steps
+    # in which every block sees every image once, on average.
+    schedule = method.make_schedule(config, num_blocks, num_updates, steps_per_epoch)
+    num_steps, num_updates = schedule.num_steps, schedule.num_updates
+    epoch_steps = num_steps / num_updates * steps_per_epoch
+    eval_every = max(1, round(config.eval.every_epochs * epoch_steps))
+    checkpoint_every = config.checkpoint.every_steps or max(1, round(epoch_steps))
 
     # ---- States and programs, where the blocks live.
     placements = placement.make_placements(config.placement, num_blocks)
-    optimizer = make_optimizer(config.optimizer, num_steps, steps_per_epoch)
+    optimizer_config = dataclasses.replace(
+        config.optimizer,
+        drop_epochs=tuple(e + schedule.drop_delay_epochs for e in config.optimizer.drop_epochs),
+    )
+    optimizer = make_optimizer(optimizer_config, num_updates, steps_per_epoch)
     key = jax.random.key(config.seed)
-    states = init_states(method, optimizer, key, dataset.image_shape, placements)
-    runner = make_runner(config.placement, method, optimizer, key, placements)
+    images = jax.ShapeDtypeStruct((config.train.batch_size, *dataset.image_shape), jnp.float32)
+    block_states = init_states(blocks, optimizer, key, dataset.image_shape, placements)
+    runner = method.make_runner(config, blocks, optimizer, key, placements)
+    state = TrainState(block_states, runner.init_memory(block_states, images))
     evaluate = evaluation.make_evaluate(
         runner.logits, placements[-1].batch, config.eval.ensemble_last
     )
+    classifiers = [block.index for block in blocks if block.classifies]
 
     # ---- What the folder holds already is gone on with.
-    checkpoint.check_disk_space(workdir, states, num_checkpoints=3)  # Latest, best and next.
-    resolved = {"cuts": list(cuts), "num_steps": num_steps, "steps_per_epoch": steps_per_epoch}
+    checkpoint.check_disk_space(workdir, state, num_checkpoints=3)  # Latest, best and next.
+    resolved = {
+        "cuts": list(cuts),
+        "num_steps": num_steps,
+        "num_updates": num_updates,
+        "steps_per_epoch": steps_per_epoch,
+    }
     config_json = json.dumps(to_dict(config) | {"resolved": resolved}, indent=2)
     metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
     _write_summary(workdir, {"finished": False, "method": config.method.name, "cuts": list(cuts)})
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
-    step, record = 0, {"wall_seconds": 0.0, "train_seconds": 0.0, "timed_steps": 0}
-    restored = checkpoint.restore_latest(checkpointer, states)
+    step = 0
+    record = {"wall_seconds": 0.0, "train_seconds": 0.0, "timed_steps": 0, "totals": {}}
+    restored = checkpoint.restore_latest(checkpointer, state)
     if restored is not None:
-        step, states, record = restored
+        step, state, record = restored
     writer = metrics.MetricsWriter(workdir, first_step=step)
     batch_size = config.train.batch_size
     bar = tqdm.tqdm(
@@ -118,25 +141,26 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         desc=config.method.name,
         disable=None,  # Quiet where stderr is no terminal.
     )
-    schedule = make_schedule(config.optimizer, num_steps, steps_per_epoch)
+    learning_rate = make_schedule(optimizer_config, num_updates, steps_per_epoch)
     log = metrics.TrainingLog(
         writer,
         bar,
         every_steps=config.train.log_every_steps,
         batch_size=batch_size,
-        steps_per_epoch=steps_per_epoch,
-        learning_rates=np.asarray(jax.vmap(schedule)(jnp.arange(num_steps))),
+        steps_per_epoch=epoch_steps,
+        learning_rates=np.asarray(jax.vmap(learning_rate)(jnp.arange(num_updates))),
+        totals=record["totals"],
     )
 
     splits = ("test", "validation") if dataset.num_validation else ("test",)
 
     def evaluate_all(step):
-        results = {split: evaluate(states, dataset.eval_batches(split)) for split in splits}
+        results = {split: evaluate(state.blocks, dataset.eval_batches(split)) for split in splits}
         for split, means in results.items():
-            for block, loss in enumerate(means["loss"]):
+            for block, loss in zip(classifiers, means["loss"]):
                 if not math.isfinite(loss):
                     raise not_finite_error(f"{split}/block_{block}/loss={loss}", step)
-            writer.write(step, _flat_names(split, means))
+            writer.write(step, _flat_names(split, means, classifiers))
         return results
 
     def wall_seconds():
@@ -147,13 +171,16 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     results = None
     clock, clock_step = None, step
     with contextlib.ExitStack() as stack:
-        for close in (dataset.close, writer.close, bar.close):
+        for close in (dataset.close, writer.close, bar.close, runner.close):
             stack.callback(close)
         stack.enter_context(checkpointer)
         stack.enter_context(jax.transfer_guard("disallow"))
-        while step < num_steps:
-            states, step_metrics = runner.step(states, dataset.batch_at(step))
+        for tasks in schedule.tasks(step):
+            state, step_metrics = runner.step(state, tasks, dataset.batch_at)
             step += 1
+            for task in tasks:
+                if task.operation in (UPDATE, BACKWARD) and task.block in step_metrics:
+                    step_metrics[task.block]["updates"] = task.turn + 1
             log.append(step, step_metrics)
             if clock is None:  # Timing starts when the step that compiles is done.
                 jax.block_until_ready(step_metrics)
@@ -164,24 +191,33 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
                 log.flush()
                 record["train_seconds"] += time.perf_counter() - clock
                 record["timed_steps"] += step - clock_step
+                state = runner.snapshot(state)
                 results = evaluate_all(step) if is_eval else None
-                _check_finite(states, step)
+                _check_finite(state.blocks, step)
                 checkpoint.save(
                     checkpointer,
                     step,
-                    states,
+                    state,
                     top1=results[splits[-1]]["top1"][-1] if is_eval else None,
-                    record=record | {"wall_seconds": wall_seconds()},
+                    record=record
+                    | {"wall_seconds": wall_seconds(), "totals": dict(record["totals"])},
                 )
                 clock, clock_step = time.perf_counter(), step
         if results is None:  # The run had been killed after its last checkpoint.
             results = evaluate_all(step)
         checkpointer.wait()
         best_step = checkpoint.best_step(checkpointer)
+        batch = dataset.batch_at(0) if config.eval.time_blocks else None
 
     # ---- What came of it.
     compile_seconds = metrics.compile_seconds() - start_compile_seconds
-    costs = cost.block_costs(method.blocks, dataset.image_shape)
+    costs = cost.block_costs(blocks, dataset.image_shape)
+    step_seconds = None
+    if batch is not None:
+        works = [method.make_block_work(block, optimizer) for block in blocks]
+        step_seconds = cost.block_step_seconds(blocks, works, state.blocks, batch, placements)
+    # Activations go up; where a method says so, gradients of their size come down.
+    directions = 2 if method.gradients_come_down else 1
     summary = {
         "finished": True,
         "method": config.method.name,
@@ -193,8 +229,10 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "placement": config.placement.kind,
         "seed": config.seed,
         "steps": num_steps,
-        "epochs": num_steps / steps_per_epoch,
+        "updates_per_block": num_updates,
+        "epochs": num_updates / steps_per_epoch,
         "batch_size": batch_size,
+        "classifiers": classifiers,
         "test_top1": results["test"]["top1"],
         "test_top5": results["test"]["top5"],
         "test_loss": results["test"]["loss"],
@@ -203,7 +241,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "validation_top1": results.get("validation", {}).get("top1"),
         "best_step": best_step,
         "train_examples_per_second": (
-            record["timed_steps"] * batch_size / record["train_seconds"]
+            record["timed_steps"] * (num_updates / num_steps) * batch_size / record["train_seconds"]
             if record["train_seconds"]
             else None
         ),
@@ -213,8 +251,14 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "aux_flops_ratio": cost.aux_flops_ratios(costs),
         "block_flops": [block.layers_flops for block in costs],
         "head_flops": [block.head_flops for block in costs],
+        "block_parameters": [block.layers_parameters for block in costs],
+        "head_parameters": [block.head_parameters for block in costs],
         "parameters": sum(block.layers_parameters + block.head_parameters for block in costs),
-        "params_sha256": params_sha256(states),
+        "bytes_between_blocks": [
+            directions * batch_size * block.activation_bytes for block in costs[:-1]
+        ],
+        "block_step_seconds": step_seconds,
+        "params_sha256": params_sha256(state.blocks),
         "jax_version": jax.__version__,
         "device_kind": placements[0].devices[0].device_kind,
         "num_devices": len({device for where in placements for device in where.devices}),
@@ -303,12 +347,12 @@ def _load_dataset(config: Config, sharding: jax.sharding.Sharding) -> Dataset:
     )
 
 
-def _flat_names(split: str, means: dict[str, Any]) -> dict[str, float]:
+def _flat_names(split: str, means: dict[str, Any], classifiers: Sequence[int]) -> dict[str, float]:
     """``test/block_0/top1``, and ``test/ensemble_top1`` for what is not one a block."""
     flat = {}
     for name, value in means.items():
         if isinstance(value, list):
-            flat |= {f"{split}/block_{block}/{name}": item for block, item in enumerate(value)}
+            flat |= {f"{split}/block_{block}/{name}": x for block, x in zip(classifiers, value)}
         else:
             flat[f"{split}/{name}"] = value
     return flat

@@ -1,6 +1,6 @@
-"""What flows through the project: a batch, a block's state, a block step's output.
+"""What flows through the project: a batch, a block's state, a block step's output, a run's state.
 
-All three are frozen pytrees that hold arrays only: no functions, no stored random keys.
+All are frozen pytrees that hold arrays only: no functions, no stored random keys.
 """
 
 from typing import Any
@@ -40,6 +40,20 @@ class BlockState:
     params: Params
     batch_stats: Params
     opt_state: Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a training run changes, and so all that its checkpoint holds.
+
+    Attributes:
+      blocks: one state a block.
+      memory: what the method keeps from one step to the next besides: replay buffers, delayed
+        gradients; () where there is none.
+    """
+
+    blocks: tuple[BlockState, ...]
+    memory: Any = ()
 
 
 @flax.struct.dataclass

@@ -99,16 +99,16 @@ def test_two_blocks_match_algorithm_1_written_out(small_network, small_head, sma
     )
     loss_fn = make_loss_fn(LossConfig(label_smoothing=_SMOOTHING))
     network = type(small_network)("two", small_network.layers[:2], small_network.head)
-    method = METHODS["dgl"](network, (0,), small_head, loss_fn)
+    blocks = METHODS["dgl"].make_blocks(network, (0,), small_head, loss_fn)
     key = jax.random.key(0)
     with jax.enable_x64(True):
         shapes = [(2, 6, 6, 2), (2, 6, 6, 3)]
         states = [
             _float64(init_block_state(block, optimizer, key, jnp.zeros(shape)))
-            for block, shape in zip(method.blocks, shapes)
+            for block, shape in zip(blocks, shapes)
         ]
         oracles = [NumpyBlock(state.params, state.batch_stats) for state in states]
-        steps = [jax.jit(make_block_step(block, optimizer)) for block in method.blocks]
+        steps = [jax.jit(make_block_step(block, optimizer)) for block in blocks]
         for batch in small_batches[:10]:
             x = expected_x = batch.images.astype(np.float64)
             for index, (step, oracle) in enumerate(zip(steps, oracles)):
@@ -134,17 +134,19 @@ def test_gradient_of_a_block_in_every_other_block_is_exactly_zero(
     small_network, small_head, small_batches
 ):
     optimizer = make_optimizer(OptimizerConfig(), num_steps=10, steps_per_epoch=5)
-    method = METHODS["dgl"](small_network, (0, 1, 2), small_head, make_loss_fn(LossConfig()))
+    blocks = METHODS["dgl"].make_blocks(
+        small_network, (0, 1, 2), small_head, make_loss_fn(LossConfig())
+    )
     key = jax.random.key(0)
     batch = small_batches[0]
     states, x = [], batch.images
-    for block in method.blocks:
+    for block in blocks:
         states.append(init_block_state(block, optimizer, key, x))
         x = make_block_step(block, optimizer)(states[-1], x, batch.labels, key).activations
 
     def losses(all_params):
         x, out = batch.images, []
-        for block, state, params in zip(method.blocks, states, all_params):
+        for block, state, params in zip(blocks, states, all_params):
             step = make_block_step(block, optimizer)
             output = step(state.replace(params=params), x, batch.labels, key)
             x = output.activations
@@ -193,10 +195,10 @@ def test_initial_weights_do_not_depend_on_the_cuts(small_network, small_head):
     key, loss_fn = jax.random.key(3), make_loss_fn(LossConfig())
     layers = []
     for cuts in ((), (1,), (0, 1, 2)):
-        method = METHODS["dgl"](small_network, cuts, small_head, loss_fn)
+        blocks = METHODS["dgl"].make_blocks(small_network, cuts, small_head, loss_fn)
         x = jnp.zeros((2, 6, 6, 2))
         layers.append([])
-        for block in method.blocks:
+        for block in blocks:
             params = init_block_state(block, optimizer, key, x).params
             layers[-1] += params["layers"]
             x = jnp.zeros((2, 6, 6, block.layers[-1].features))
@@ -208,7 +210,7 @@ def test_initial_weights_do_not_depend_on_the_cuts(small_network, small_head):
 
 @pytest.mark.parametrize("cuts", [(0,), (1, 2)])
 def test_every_block_has_its_layers_and_the_last_the_networks_head(small_network, small_head, cuts):
-    method = METHODS["dgl"](small_network, cuts, small_head, make_loss_fn(LossConfig()))
-    assert sum((block.layers for block in method.blocks), ()) == small_network.layers
-    assert [block.head is small_network.head for block in method.blocks[:-1]] == [False] * len(cuts)
-    assert method.blocks[-1].head is small_network.head
+    blocks = METHODS["dgl"].make_blocks(small_network, cuts, small_head, make_loss_fn(LossConfig()))
+    assert sum((block.layers for block in blocks), ()) == small_network.layers
+    assert [block.head is small_network.head for block in blocks[:-1]] == [False] * len(cuts)
+    assert blocks[-1].head is small_network.head

@@ -9,23 +9,25 @@ import numpy as np
 import pytest
 
 from dgl_jax import checkpoint
-from dgl_jax.config import LossConfig, OptimizerConfig, PlacementConfig
+from dgl_jax.config import Config, LossConfig, OptimizerConfig, PlacementConfig
 from dgl_jax.errors import UserError
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods import METHODS
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states, make_runner
 from dgl_jax.placement import make_placements
+from dgl_jax.schedule import synchronous
+from dgl_jax.types import TrainState
 
 
 def _setup(network, head, cuts, num_devices):
-    method = METHODS["dgl"](network, cuts, head, make_loss_fn(LossConfig()))
+    blocks = METHODS["dgl"].make_blocks(network, cuts, head, make_loss_fn(LossConfig()))
     optimizer = make_optimizer(OptimizerConfig(), num_steps=20, steps_per_epoch=5)
-    config = PlacementConfig(kind="pipelined", num_devices=num_devices)
-    placements = make_placements(config, len(method.blocks))
+    config = Config(placement=PlacementConfig(kind="pipelined", num_devices=num_devices))
+    placements = make_placements(config.placement, len(blocks))
     key = jax.random.key(0)
-    states = init_states(method, optimizer, key, (6, 6, 2), placements)
-    return states, make_runner(config, method, optimizer, key, placements)
+    state = TrainState(init_states(blocks, optimizer, key, (6, 6, 2), placements))
+    return state, make_runner(config, blocks, optimizer, key, placements)
 
 
 def test_saving_is_not_disturbed_by_the_steps_that_follow(
@@ -34,10 +36,11 @@ def test_saving_is_not_disturbed_by_the_steps_that_follow(
     """The states are donated to the next step while the checkpoint is being written."""
     states, runner = _setup(small_network, small_head, (0, 2), 3)
     batches = jax.device_put(small_batches)
+    tasks = synchronous(num_blocks=3, num_updates=12).tasks(0)
     with checkpoint.open_checkpointer(tmp_path / "c") as checkpointer:
         assert checkpoint.restore_latest(checkpointer, states) is None
-        for step, batch in enumerate(batches[:12], start=1):
-            states, _ = runner.step(states, batch)
+        for step in range(1, 13):
+            states, _ = runner.step(states, next(tasks), lambda step: batches[step])
             if step == 6:
                 saved = jax.tree.map(np.array, jax.device_get(states))
                 checkpoint.save(checkpointer, step, states, top1=0.5, record={"seconds": 1.5})
@@ -74,9 +77,9 @@ def test_a_checkpoint_of_other_cuts_is_refused_by_a_leafs_name(small_network, sm
         with pytest.raises(UserError, match=r"0/params/head/Dense_0/kernel is float32\[3, 4\] in"):
             checkpoint.restore_latest(checkpointer, other)
         with pytest.raises(UserError, match="3/step: the checkpoint lacks it"):
-            checkpoint.restore_latest(checkpointer, (*states, states[0]))
+            checkpoint.restore_latest(checkpointer, TrainState((*states.blocks, states.blocks[0])))
         with pytest.raises(UserError, match="2/.*: this run has no such leaf"):
-            checkpoint.restore_latest(checkpointer, states[:2])
+            checkpoint.restore_latest(checkpointer, TrainState(states.blocks[:2]))
         with pytest.raises(UserError, match=r"float32\[4\] in the checkpoint, bfloat16\[4\] in"):
             checkpoint.restore_latest(checkpointer, cast)
 

@@ -11,8 +11,8 @@ from dgl_jax.methods import METHODS
 
 
 def test_block_costs_of_a_small_network(small_network, small_head):
-    method = METHODS["dgl"](small_network, (1,), small_head, make_loss_fn(LossConfig()))
-    first, last = cost.block_costs(method.blocks, (6, 6, 2))
+    blocks = METHODS["dgl"].make_blocks(small_network, (1,), small_head, make_loss_fn(LossConfig()))
+    first, last = cost.block_costs(blocks, (6, 6, 2))
     # Convolutions 2->3->4 without bias, BatchNorm's scale and bias; the head 4->4.
     assert first.layers_parameters == 9 * 2 * 3 + 2 * 3 + 9 * 3 * 4 + 2 * 4
     assert first.head_parameters == 4 * 4 + 4

@@ -20,7 +20,8 @@ def test_every_head_and_the_ensembles_are_exact_on_a_partial_last_batch():
             yield jax.device_put((index, labels[index], mask))
 
     def logits_fn(states, index):
-        return tuple(jax.device_put(head[np.asarray(index)] * states) for head in logits)
+        heads = [jax.device_put(head[np.asarray(index)] * states) for head in logits]
+        return dict(enumerate(heads))
 
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     means = make_evaluate(logits_fn, sharding, ensemble_last=2)(np.float32(1), batches())
@@ -41,5 +42,5 @@ def test_fewer_classes_than_five():
     logits = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     batch = jax.device_put((logits, np.array([1, 1], np.int32), np.ones(2, np.float32)))
-    means = make_evaluate(lambda states, x: (x,), sharding, ensemble_last=1)(None, [batch])
+    means = make_evaluate(lambda states, x: {0: x}, sharding, ensemble_last=1)(None, [batch])
     assert means["top1"] == [0.5] and means["top5"] == [1.0]

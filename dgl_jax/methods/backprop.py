@@ -7,17 +7,23 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from dgl_jax.block import Block
 from dgl_jax.losses import LossFn
 from dgl_jax.methods import dgl
-from dgl_jax.methods.method import Method
 from dgl_jax.models.network import Network
 
 
-def make_method(
-    network: Network, cuts: Sequence[int], auxiliary_head: Any, loss_fn: LossFn
-) -> Method:
+def make_blocks(
+    network: Network,
+    cuts: Sequence[int],
+    auxiliary_head: Any,
+    loss_fn: LossFn | Sequence[LossFn],
+) -> tuple[Block, ...]:
     """One block of all layers; ``cuts`` and ``auxiliary_head`` are not used."""
-    del cuts
-    return dataclasses.replace(
-        dgl.make_method(network, (), auxiliary_head, loss_fn), name="backprop"
+    del cuts, auxiliary_head
+    return dgl.make_blocks(
+        network, (), (), loss_fn[-1:] if isinstance(loss_fn, Sequence) else loss_fn
     )
+
+
+METHOD = dataclasses.replace(dgl.METHOD, make_blocks=make_blocks)

@@ -7,17 +7,22 @@ that the block below computed in the same step, before its update. Nothing flows
 from collections.abc import Sequence
 from typing import Any
 
-from dgl_jax.block import Block
+from dgl_jax import schedule
+from dgl_jax.block import Block, make_block_step
+from dgl_jax.config import Config
 from dgl_jax.losses import LossFn
 from dgl_jax.methods.method import Method
 from dgl_jax.models.network import Network
 from dgl_jax.partition import block_ranges
-from dgl_jax.schedule import synchronous
+from dgl_jax.pipeline import make_runner
 
 
-def make_method(
-    network: Network, cuts: Sequence[int], auxiliary_head: Any, loss_fn: LossFn
-) -> Method:
+def make_blocks(
+    network: Network,
+    cuts: Sequence[int],
+    auxiliary_head: Any,
+    loss_fn: LossFn | Sequence[LossFn],
+) -> tuple[Block, ...]:
     """Cuts a network into blocks that learn greedily.
 
     Args:
@@ -25,7 +30,8 @@ def make_method(
       cuts: the 0-based layers after which to cut; none for a single block.
       auxiliary_head: the module put on every block but the last, which has the network's own
         head. It may be one for all or a sequence of one a cut.
-      loss_fn: every block's local loss, a function of its head's output and the labels.
+      loss_fn: the blocks' local loss, a function of the head's output and the labels; one for
+        all or a sequence of one a block.
 
     Source: DGL, Algorithm 1.
     Deviation: none.
@@ -33,9 +39,21 @@ def make_method(
     ranges = block_ranges(len(network.layers), cuts)
     if not isinstance(auxiliary_head, Sequence):
         auxiliary_head = (auxiliary_head,) * len(cuts)
+    if not isinstance(loss_fn, Sequence):
+        loss_fn = (loss_fn,) * len(ranges)
     heads = (*auxiliary_head, network.head)
-    blocks = tuple(
-        Block(index, first, network.layers[first:end], head, loss_fn)
-        for index, ((first, end), head) in enumerate(zip(ranges, heads, strict=True))
+    return tuple(
+        Block(index, first, network.layers[first:end], head, loss)
+        for index, ((first, end), head, loss) in enumerate(zip(ranges, heads, loss_fn, strict=True))
     )
-    return Method("dgl", blocks, synchronous)
+
+
+def make_schedule(
+    config: Config, num_blocks: int, num_updates: int, steps_per_epoch: int
+) -> schedule.Schedule:
+    """Every block once a step."""
+    del config, steps_per_epoch
+    return schedule.synchronous(num_blocks, num_updates)
+
+
+METHOD = Method(make_blocks, make_schedule, make_runner, make_block_step)

@@ -1,22 +1,32 @@
-"""What a training method is: blocks with their objectives, and a schedule."""
+"""What a training method is: blocks with their objectives, a schedule, and a way to run them."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 from dgl_jax.block import Block
-from dgl_jax.schedule import Task
+from dgl_jax.pipeline import Runner
+from dgl_jax.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A training algorithm.
+    """A training algorithm: four functions.
 
     Attributes:
-      name: as in ``config.method.name``.
-      blocks: what learns, each with its own local loss.
-      schedule: ``schedule(num_blocks, first_step, num_steps)`` yields tasks.
+      make_blocks: ``(network, cuts, auxiliary_head, loss_fn) -> blocks``: what learns, and from
+        which loss. The head and the loss may each be one for all or a sequence of one a cut.
+      make_schedule: ``(config, num_blocks, num_updates, steps_per_epoch) -> Schedule``: which
+        block does what, in which order.
+      make_runner: ``(config, blocks, optimizer, key, placements) -> Runner``: how the tasks run
+        on devices.
+      make_block_work: ``(block, optimizer) -> work(state, x, labels, key)``: all that a block
+        computes in one step, as a pure function; to measure its time.
+      gradients_come_down: whether blocks send each other gradients too.
     """
 
-    name: str
-    blocks: tuple[Block, ...]
-    schedule: Callable[[int, int, int], Iterator[Task]]
+    make_blocks: Callable[..., tuple[Block, ...]]
+    make_schedule: Callable[..., Schedule]
+    make_runner: Callable[..., Runner]
+    make_block_work: Callable[..., Callable[..., Any]]
+    gradients_come_down: bool = False
