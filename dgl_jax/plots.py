@@ -1,5 +1,6 @@
 """Pictures of a run: learning curves per block, and accuracy by depth."""
 
+import json
 import os
 
 import matplotlib
@@ -24,6 +25,8 @@ def plot_run(workdir: str, summary: dict) -> None:
     with plt.rc_context(_STYLE):
         _plot_learning_curves(workdir, summary, lines)
         _plot_accuracy_by_depth(workdir, summary, lines)
+        if os.path.exists(os.path.join(workdir, "drift.json")):
+            _plot_theorem(workdir, summary, lines)
 
 
 def _plot_learning_curves(workdir: str, summary: dict, lines: list[dict]) -> None:
@@ -72,6 +75,29 @@ def _plot_accuracy_by_depth(workdir: str, summary: dict, lines: list[dict]) -> N
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title(_title(summary))
     figure.savefig(os.path.join(workdir, "accuracy_by_depth.png"))
+    plt.close(figure)
+
+
+def _plot_theorem(workdir: str, summary: dict, lines: list[dict]) -> None:
+    """The two quantities of the convergence theorem (DGL, Proposition 3.1)."""
+    with open(os.path.join(workdir, "drift.json")) as file:
+        drift = json.load(file)
+    figure, (drift_axes, norm_axes) = plt.subplots(1, 2, figsize=(11, 4))
+    steps_per_epoch = summary["steps"] / summary["epochs"]
+    for block in range(summary["num_blocks"]):
+        color = _color(block, summary["num_blocks"])
+        epochs = [row["step"] / steps_per_epoch for row in drift]
+        distances = [row[f"block_{block}"] for row in drift]
+        drift_axes.plot(epochs, distances, "o-", ms=3, color=color, label=f"block {block}")
+        key = f"train/block_{block}/sum_learning_rate_gradient_norm_squared"
+        points = [(line["step"] / steps_per_epoch, line[key]) for line in lines if key in line]
+        if points:
+            norm_axes.plot(*zip(*points), color=color)
+    drift_axes.set(xlabel="epoch", ylabel="distance of the output's density from the final one")
+    norm_axes.set(xlabel="epoch", ylabel="sum of learning rate x squared gradient norm")
+    drift_axes.legend(frameon=False, fontsize="small")
+    figure.suptitle(_title(summary))
+    figure.savefig(os.path.join(workdir, "theorem.png"))
     plt.close(figure)
 
 

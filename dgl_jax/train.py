@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import auto as tqdm
 
-from dgl_jax import checkpoint, cost, evaluation, metrics, placement, plots
+from dgl_jax import checkpoint, cost, drift, evaluation, metrics, placement, plots
 from dgl_jax.auxiliary import make_auxiliary
 from dgl_jax.config import Config, check_same_run, to_dict
 from dgl_jax.data import Dataset, load_dataset
@@ -112,6 +112,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     evaluate = evaluation.make_evaluate(
         runner.logits, placements[-1].batch, config.eval.ensemble_last
     )
+    probe = drift.make_probe(blocks, placements)
     classifiers = [block.index for block in blocks if block.classifies]
 
     # ---- What the folder holds already is gone on with.
@@ -161,6 +162,9 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
                 if not math.isfinite(loss):
                     raise not_finite_error(f"{split}/block_{block}/loss={loss}", step)
             writer.write(step, _flat_names(split, means, classifiers))
+        if config.eval.log_drift:
+            images, _, _ = next(iter(dataset.eval_batches("test")))
+            drift.save_histograms(workdir, step, probe(state.blocks, images))
         return results
 
     def wall_seconds():
@@ -263,6 +267,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "device_kind": placements[0].devices[0].device_kind,
         "num_devices": len({device for where in placements for device in where.devices}),
     }
+    if config.eval.log_drift:
+        drift.write_drift(workdir)
     plots.plot_run(workdir, summary)
     _write_summary(workdir, summary)  # Last: a run is finished when all its files are there.
     return summary
