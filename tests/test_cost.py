@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 
 from dgl_jax import cost
-from dgl_jax.config import LossConfig
+from dgl_jax.config import LossConfig, OptimizerConfig, PlacementConfig
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods import METHODS
+from dgl_jax.optim import make_optimizer
+from dgl_jax.pipeline import init_states
+from dgl_jax.placement import make_placements
 
 
 def test_block_costs_of_a_small_network(small_network, small_head):
@@ -47,3 +50,27 @@ def test_peak_memory_is_this_processs():
     before = cost.peak_memory_bytes()
     array = jax.block_until_ready(jax.device_put(np.ones(2**26, np.uint8)))
     assert cost.peak_memory_bytes() >= max(before, array.nbytes)
+
+
+def test_every_blocks_work_is_timed_where_it_lives(small_network, small_head, small_batches):
+    blocks = METHODS["dgl"].make_blocks(small_network, (1,), small_head, make_loss_fn(LossConfig()))
+    optimizer = make_optimizer(OptimizerConfig(), 20, 5)
+    placements = make_placements(PlacementConfig(kind="pipelined", num_devices=2), 2)
+    states = init_states(blocks, optimizer, jax.random.key(0), (6, 6, 2), placements)
+    calls = []
+
+    def make_work(block):
+        step = METHODS["dgl"].make_block_work(block, optimizer)
+
+        def work(state, x, labels, key):
+            calls.append(block.index)  # Once: when it is traced.
+            return step(state, x, labels, key)
+
+        return work
+
+    seconds = cost.block_step_seconds(
+        blocks, [make_work(block) for block in blocks], states, small_batches[0], placements
+    )
+    assert len(seconds) == 2 and min(seconds) > 0
+    assert calls == [0, 1]
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states))

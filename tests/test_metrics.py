@@ -1,0 +1,76 @@
+"""What the training log writes of steps in which not all blocks take part."""
+
+import numpy as np
+import pytest
+
+from dgl_jax.errors import UserError
+from dgl_jax.metrics import MetricsWriter, TrainingLog, read_metrics
+
+
+class _Bar:
+    def update(self, count):
+        pass
+
+    def set_postfix_str(self, text):
+        self.text = text
+
+
+def _log(tmp_path, totals):
+    writer = MetricsWriter(str(tmp_path), first_step=0)
+    log = TrainingLog(
+        writer,
+        _Bar(),
+        every_steps=3,
+        batch_size=4,
+        steps_per_epoch=6.0,
+        learning_rates=np.array([0.5, 0.25, 0.125]),
+        totals=totals,
+    )
+    return log, writer
+
+
+def test_blocks_out_of_step_have_their_own_updates_and_learning_rates(tmp_path):
+    totals = {"train/block_0/sum_learning_rate_gradient_norm_squared": 10.0}
+    log, writer = _log(tmp_path, totals)
+    log.append(1, {0: {"loss": 2.0, "updates": 1, "gradient_norm": 2.0}})
+    log.append(2, {0: {"loss": 4.0, "updates": 2, "gradient_norm": 4.0}})
+    log.append(3, {1: {"loss": 1.0, "updates": 1, "age": 7}})
+    log.flush()
+    log.append(4, {})  # A block that has finished fed the one above.
+    log.flush()
+    writer.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line == {
+        "step": 3,
+        "train/block_0/loss": 3.0,
+        "train/block_0/gradient_norm": 3.0,
+        "train/block_0/updates": 2,
+        "train/block_0/learning_rate": 0.25,
+        # Gone on with from 10: 0.5 * 2^2 + 0.25 * 4^2.
+        "train/block_0/sum_learning_rate_gradient_norm_squared": 16.0,
+        "train/block_1/loss": 1.0,
+        "train/block_1/age": 7.0,
+        "train/block_1/updates": 1,
+        "train/block_1/learning_rate": 0.5,
+        "train/epoch": 0.5,
+    }
+    assert totals["train/block_0/sum_learning_rate_gradient_norm_squared"] == 16.0
+
+
+def test_blocks_in_step_have_one_learning_rate(tmp_path):
+    log, writer = _log(tmp_path, {})
+    for step in (1, 2):
+        log.append(step, {block: {"loss": 1.0, "updates": step} for block in (0, 1)})
+    log.flush()
+    writer.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["train/learning_rate"] == 0.25
+    assert not [name for name in line if "updates" in name]
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_block(tmp_path):
+    log, writer = _log(tmp_path, {})
+    log.append(1, {2: {"loss": float("nan"), "updates": 1}})
+    with pytest.raises(UserError, match="block_2/loss=nan"):
+        log.flush()
+    writer.close()
