@@ -1,9 +1,11 @@
-"""The auxiliary heads: small networks that give a block its local loss.
+"""The auxiliary heads: small networks that give a block its local loss, or its gradient.
 
 A head takes a block's output (the input is not detached: block and head train together)
-and returns logits; all its widths follow from what it is given.
+and returns logits; all its widths follow from what it is given. A `Synthesizer` returns a
+gradient instead, and is not in the table `AUXILIARY`.
 """
 
+import functools
 import inspect
 import math
 
@@ -109,6 +111,77 @@ class MLPSRAux(nn.Module):
         return PooledMLP(self.num_classes, 3, self.max_hidden, self.dtype)(x, train)
 
 
+class SynthesizerAux(nn.Module):
+    """`Synthesizer`'s convolutions, global average pool, Linear: logits from [B, H, W, C].
+
+    Source: DGL Figure 2: the head of DGL in its comparison with DNI.
+    Deviation: none; the last convolution starts at zero here too, so that a block's first
+      update is that of its head's last convolution alone.
+
+    Attributes:
+      num_classes: the output's width.
+      dtype: of the computation; None for the promoted dtype of input and parameters.
+    """
+
+    num_classes: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        _check_map("synthesizer", x)
+        x = jnp.mean(_synthesizer_convolutions(x, train, self.dtype), axis=(1, 2))
+        return nn.Dense(self.num_classes, kernel_init=torch_default_init, dtype=self.dtype)(x)
+
+
+class Synthesizer(nn.Module):
+    """Predicts the gradient that will arrive at a block's output [B, H, W, C], of its shape.
+
+    Twice (Conv 5x5 of C to C, BatchNorm, ReLU), and a Conv 5x5 whose kernel starts at zero.
+    Where it is conditioned, a linear map of the one-hot labels is added before the first
+    BatchNorm, the same at all places.
+
+    Source: Jaderberg et al. 2017, Appendix C.1, as DGL's Figure 2 replicates it.
+    Deviation: zero biases at the start (`torch_default_init`): the last convolution's too,
+      which the replication draws, so that the first synthetic gradients are exactly zero.
+
+    Attributes:
+      num_classes: the one-hot labels' width.
+      conditioned: whether it sees the labels (cDNI).
+      dtype: of the computation; None for the promoted dtype of input and parameters.
+    """
+
+    num_classes: int
+    conditioned: bool
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, labels: jax.Array | None = None) -> jax.Array:
+        """``labels``: int32 [B]; None only where shapes alone matter, as at initialisation."""
+        if x.ndim != 4:
+            raise UserError(
+                f"method.name={'cdni' if self.conditioned else 'dni'} needs blocks that output "
+                f"maps [B, H, W, C] to synthesize gradients for, but one outputs "
+                f"{list(x.shape)}; choose other partition.cuts, or method.name=dgl"
+            )
+        context = 0.0
+        if self.conditioned:
+            labels = jnp.zeros(x.shape[:1], jnp.int32) if labels is None else labels
+            one_hot = jax.nn.one_hot(labels, self.num_classes, dtype=x.dtype)
+            linear = nn.Dense(x.shape[-1], kernel_init=torch_default_init, dtype=self.dtype)
+            context = linear(one_hot)[:, None, None, :]
+        return _synthesizer_convolutions(x, train, self.dtype, context).astype(x.dtype)
+
+
+def _synthesizer_convolutions(x: jax.Array, train: bool, dtype, context=0.0) -> jax.Array:
+    """Convolutions 5x5 of C to C: two with BatchNorm and ReLU, one that starts at zero."""
+    convolution = functools.partial(Conv, x.shape[-1], (5, 5), padding=2, dtype=dtype)
+    x = convolution(kernel_init=torch_default_init)(x) + context
+    x = nn.relu(batch_norm(train, dtype)(x))
+    x = convolution(kernel_init=torch_default_init)(x)
+    x = nn.relu(batch_norm(train, dtype)(x))
+    return convolution(kernel_init=nn.initializers.zeros)(x)
+
+
 def _convolutions(x: jax.Array, count: int, kernel: int, train: bool, dtype) -> jax.Array:
     """``count`` times: convolution of C to C without bias, BatchNorm, ReLU."""
     for _ in range(count):
@@ -123,7 +196,7 @@ def _convolutions(x: jax.Array, count: int, kernel: int, train: bool, dtype) -> 
     return x
 
 
-AUXILIARY = {"cnn": CNNAux, "mlp": MLPAux, "mlp_sr": MLPSRAux}
+AUXILIARY = {"cnn": CNNAux, "mlp": MLPAux, "mlp_sr": MLPSRAux, "synthesizer": SynthesizerAux}
 
 
 def make_auxiliary(name: str, num_classes: int, *, max_hidden: int = 0, dtype=None) -> nn.Module:

@@ -85,6 +85,7 @@ def test_kernel_shapes():
     hidden = [(4 * 6, 4 * 6)] * 3 + [(4 * 6, 10)]
     assert _kernel_shapes("cnn", 8, 6) == sorted([(3, 3, 6, 6)] * 2 + [(4 * 6, 10)])
     assert _kernel_shapes("mlp", 8, 6) == sorted(hidden)
+    assert _kernel_shapes("synthesizer", 8, 6) == sorted([(5, 5, 6, 6)] * 3 + [(6, 10)])
     assert _kernel_shapes("mlp_sr", 8, 6) == sorted([(1, 1, 6, 6)] * 3 + hidden)
 
 
@@ -102,7 +103,7 @@ def test_activations_without_height_and_width(shape):
     params, batch_stats = init_module(head, jax.random.key(1), x)
     logits, _ = apply_module(head, params, batch_stats, x, train=False)
     assert logits.shape == (4, 10)
-    for name in ("cnn", "mlp_sr"):
+    for name in ("cnn", "mlp_sr", "synthesizer"):
         with pytest.raises(UserError, match="use auxiliary.name=mlp"):
             init_module(make_auxiliary(name, 10), jax.random.key(1), x)
 

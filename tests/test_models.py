@@ -139,7 +139,7 @@ def _maps(*runs):
         ("cnn6", {"width_factor": 0.5}, (28, 28, 1), _maps((1, 28, 64), (2, 14, 128), (3, 7, 256))),
         ("cnn4", {}, (32, 32, 3), _maps((1, 32, 64), (2, 16, 128), (1, 8, 256))),
         ("cnn6_async", {}, (32, 32, 3), _maps((2, 32, 128), (2, 16, 256), (2, 8, 512))),
-        ("dni_cnn", {}, (32, 32, 3), _maps((1, 10, 128), (1, 3, 128), (1, 1, 128))),
+        ("dni_cnn", {}, (32, 32, 3), [*_maps((1, 10, 128), (1, 3, 128), (1, 1, 128)), (1, 128)]),
         (
             "vgg13",
             {"form": "imagenet"},
@@ -186,12 +186,8 @@ def test_layer_shapes(name, options, image_shape, expected):
 
 
 def test_layer_shapes_of_a_batch():
-    assert layer_shapes(make_network("dni_cnn", 10), (32, 32, 3), batch_size=5)[-1] == (
-        5,
-        1,
-        1,
-        128,
-    )
+    shapes = layer_shapes(make_network("dni_cnn", 10), (32, 32, 3), batch_size=5)
+    assert shapes[-2:] == [(5, 1, 1, 128), (5, 128)]
 
 
 @pytest.mark.parametrize(
@@ -378,7 +374,7 @@ def test_every_module_computes_in_bfloat16_with_float32_variables(name):
 
         variables, x = jax.eval_shape(init_and_train, x)
         assert x.dtype == jnp.bfloat16
-        assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+        assert {leaf.dtype for leaf in jax.tree.leaves(variables)} <= {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, *AUXILIARY])

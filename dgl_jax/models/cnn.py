@@ -73,12 +73,15 @@ def dni_cnn(num_classes: int, dtype=None, width: int = 128) -> Network:
     """Three 5x5 layers, each closed by a pool of 3: on 32x32 images 128@10, 128@3, 128@1.
 
     The pools are max, average, average; they close the layer, because the synthetic
-    gradients of the comparison are made for what comes after them.
+    gradients of the comparison are made for what comes after them. The fourth layer only
+    flattens: a cut before it leaves a block of the linear head alone, as DNI has it there.
+    DGL's blocks there are three: ``partition.cuts=(0, 1)``.
 
     Source: DGL Figure 2 (the comparison with decoupled neural interfaces).
     """
     layers = [DNILayer(width, pool, dtype) for pool in ("max", "average", "average")]
-    return Network("dni_cnn", layers, LinearHead(num_classes, dtype))
+    head = nn.Dense(num_classes, kernel_init=torch_default_init, dtype=dtype)
+    return Network("dni_cnn", [*layers, Flatten()], head)
 
 
 class DNILayer(nn.Module):
@@ -95,13 +98,9 @@ class DNILayer(nn.Module):
         return pool(x, (3, 3), (3, 3))
 
 
-class LinearHead(nn.Module):
-    """Flatten, Linear."""
-
-    num_classes: int
-    dtype: jnp.dtype | None = None
+class Flatten(nn.Module):
+    """[B, H, W, C] to [B, H * W * C]."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = x.reshape(x.shape[0], -1)
-        return nn.Dense(self.num_classes, kernel_init=torch_default_init, dtype=self.dtype)(x)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape[0], -1)

@@ -73,6 +73,7 @@ def apply_module(
     *,
     train: bool,
     key: jax.Array | None = None,
+    **inputs: jax.Array,
 ) -> tuple[jax.Array, Params]:
     """Runs one module.
 
@@ -83,15 +84,15 @@ def apply_module(
       x: its input, [B, ...].
       train: whether BatchNorm uses (and updates) the batch's statistics and dropout drops.
       key: the random key of dropout; needed only in training with dropout.
+      **inputs: what else the module's ``__call__`` takes, such as a synthesizer's ``labels``.
 
     Returns:
       ``(y, batch_stats)``; the statistics are the given ones where ``train`` is false.
     """
     variables = {"params": params, "batch_stats": batch_stats}
     rngs = {} if key is None else {"dropout": key}
+    inputs |= _train_argument(module, train)
     if not train:
-        return module.apply(variables, x, **_train_argument(module, False)), batch_stats
-    y, updated = module.apply(
-        variables, x, **_train_argument(module, True), rngs=rngs, mutable=["batch_stats"]
-    )
+        return module.apply(variables, x, **inputs), batch_stats
+    y, updated = module.apply(variables, x, **inputs, rngs=rngs, mutable=["batch_stats"])
     return y, updated.get("batch_stats", batch_stats)
