@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import auto as tqdm
 
-from dgl_jax import checkpoint, cost, evaluation, metrics, placement, plots
+from dgl_jax import checkpoint, cost, evaluation, metrics, placement, plots, replay_buffer
 from dgl_jax.auxiliary import make_auxiliary
 from dgl_jax.config import Config, check_same_run, to_dict
 from dgl_jax.data import Dataset, load_dataset
@@ -263,6 +263,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "device_kind": placements[0].devices[0].device_kind,
         "num_devices": len({device for where in placements for device in where.devices}),
     }
+    if config.method.name == "async_dgl":
+        summary["replay_buffer_bytes"] = [replay_buffer.nbytes(buffer) for buffer in state.memory]
     plots.plot_run(workdir, summary)
     _write_summary(workdir, summary)  # Last: a run is finished when all its files are there.
     return summary
