@@ -174,7 +174,7 @@ def make_block_step(
         if block.classifies:
             metrics["top1"] = jnp.mean(jnp.argmax(logits_of(output), axis=-1) == labels)
         if log_gradient_norm:
-            metrics["gradient_norm"] = optax.global_norm(gradients)
+            metrics["gradient_norm"] = optax.tree.norm(gradients)
         next_state = apply_gradients(state, gradients, batch_stats, optimizer)
         return StepOutput(next_state, jax.lax.stop_gradient(activations), metrics)
 

@@ -436,8 +436,10 @@ def _check_values(config: Config) -> None:
         if name in _MINIMUM:
             minimum, inclusive = _MINIMUM[name]
             if value < minimum or (value == minimum and not inclusive):
-                rule = "at least" if inclusive else "greater than"
-                raise UserError(f"config.{name}={value} must be {rule} {minimum}")
+                rule = (
+                    f"at least {minimum}; try {minimum}" if inclusive else f"greater than {minimum}"
+                )
+                raise UserError(f"config.{name}={value} must be {rule}")
         if name in _BELOW_ONE and value >= 1:
             raise UserError(f"config.{name}={value} must be less than 1")
     _check_together(config)

@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from dgl_jax.errors import UserError
+from dgl_jax.schedule import FEED, UPDATE, Task
 
 POLICIES = ("lifo_least_reused", "official", "fifo")
 WARM_UPS = ("none", "once", "official")
@@ -23,16 +24,16 @@ ACCOUNTINGS = ("exact", "official")
 
 
 @dataclasses.dataclass(frozen=True)
-class Event:
-    """One turn of one block.
+class Event(Task):
+    """One turn of one block: a task, and the slots it uses.
+
+    Its ``operation`` is `UPDATE`, or `FEED` once the block has finished and only feeds the
+    block above. Its ``batch`` is the batch of the stream that it sees, or whose activations it
+    reads; block 0 takes a new batch every turn, so there it equals ``turn``. Its ``turn`` counts
+    the turns the block has had before: while it updates, also its updates so far
+    (`BlockState.step`), of which its learning rate is a function.
 
     Attributes:
-      block: the block, 0-based.
-      turn: the turns the block has had before. While it updates, also its updates so far
-        (`BlockState.step`), of which its learning rate is a function.
-      update: whether it updates; if not it has finished and only feeds the block above.
-      data_step: the batch of the stream that it sees, or whose activations it reads. Block 0
-        takes a new batch every turn, so there it equals `turn`.
       read_slot: the slot it reads in the buffer of the block below; None for block 0.
       write_slot: the slot it overwrites in its own buffer; None for the last block.
       age: the writes to the buffer it reads since the read slot was written; 0 for the newest
@@ -40,10 +41,6 @@ class Event:
       use_count: 1 if this is the batch's first read, 2 for the second, ...; 1 for block 0.
     """
 
-    block: int
-    turn: int
-    update: bool
-    data_step: int
     read_slot: int | None
     write_slot: int | None
     age: int
@@ -65,7 +62,7 @@ class PlanConfig:
       policy: which slot is read (see `select_slot`).
       max_reuse: a slot whose use count (1 when written, 1 more a read) has reached it is not
         read, so a batch is read max_reuse - 1 times; with none left the block skips its turn.
-        None: no limit. With the policy `official` there is none at M = 1, as in that code.
+        0: no limit. With the policy `official` there is none at M = 1, as in that code.
       warm_up: `none`; `once`: blocks 0, 0, 1, 1, ... run first, so that no buffer is empty;
         `official`: again whenever any block lowers its rate, which costs that block the turn it
         was drawn for. A block that is drawn while the buffer below is empty skips its turn.
@@ -93,25 +90,29 @@ class PlanConfig:
     drop_epochs: tuple[float, ...] = ()
     buffer_size: int = 50
     policy: str = "lifo_least_reused"
-    max_reuse: int | None = None
+    max_reuse: int = 0
     warm_up: str = "once"
     accounting: str = "exact"
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("num_blocks", "steps_per_epoch", "buffer_size"):
+        for name in ("num_blocks", "steps_per_epoch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1; try 1")
+        if self.buffer_size < 1:
+            raise UserError(
+                f"config.replay.buffer_size={self.buffer_size} must be at least 1; try 1"
+            )
         if not 0 < self.num_epochs < math.inf:
             raise UserError(f"num_epochs={self.num_epochs} must be positive and finite; try 50")
-        if self.max_reuse is not None and self.max_reuse < 2:
+        if self.max_reuse != 0 and self.max_reuse < 2:
             raise UserError(
-                f"max_reuse={self.max_reuse} must be at least 2, as writing a batch counts as "
-                f"its first use; try 2 (each batch is read once) or None (no limit)"
+                f"config.replay.max_reuse={self.max_reuse} must be at least 2, as writing a batch "
+                "counts as its first use; try 2 (each batch is read once) or 0 (no limit)"
             )
         if list(self.drop_epochs) != sorted(set(self.drop_epochs)):
             raise UserError(
-                f"drop_epochs={self.drop_epochs} must be strictly increasing; "
+                f"config.optimizer.drop_epochs={self.drop_epochs} must be strictly increasing; "
                 f"try {tuple(sorted(set(self.drop_epochs)))}"
             )
         for name, choices in [
@@ -121,7 +122,8 @@ class PlanConfig:
         ]:
             if getattr(self, name) not in choices:
                 raise UserError(
-                    f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(choices)}"
+                    f"config.replay.{name}={getattr(self, name)!r} must be one of "
+                    f"{', '.join(choices)}"
                 )
         if self.pmf is not None:
             _check_pmf(self.pmf, self.num_blocks)
@@ -159,13 +161,13 @@ def slowed_pmf(num_blocks: int, slow_block: int = 0, slowdown: float = 1.0) -> t
     """
     if not 0 <= slow_block < num_blocks:
         raise UserError(
-            f"slow_block={slow_block} must be one of the {num_blocks} blocks; "
+            f"config.replay.slow_block={slow_block} must be one of the {num_blocks} blocks; "
             f"use 0 to {num_blocks - 1}"
         )
     if not 1 <= slowdown < math.inf:
         raise UserError(
-            f"slowdown={slowdown} must be at least 1 and finite; 1 is as fast as the other "
-            f"blocks, 2 half as fast"
+            f"config.replay.slowdown={slowdown} must be at least 1 and finite; 1 is as fast as "
+            "the other blocks, 2 half as fast"
         )
     weights = [1.0] * num_blocks
     weights[slow_block] = 1.0 / slowdown
@@ -220,7 +222,7 @@ def plan(config: PlanConfig, first_event: int = 0) -> Iterator[Event]:
 def _events(config: PlanConfig) -> Iterator[Event]:
     size, last_block = config.buffer_size, config.num_blocks - 1
     num_updates, drop_steps = config.num_updates, config.drop_steps
-    max_reuse = math.inf if config.max_reuse is None else config.max_reuse
+    max_reuse = config.max_reuse or math.inf
     if size == 1 and config.policy == "official":
         max_reuse = math.inf
     warm_up = [block for block in range(config.num_blocks) for _ in range(2)]
@@ -229,7 +231,7 @@ def _events(config: PlanConfig) -> Iterator[Event]:
 
     # Buffer b is written by block b and read by block b + 1.
     use_counts = [[0] * size for _ in range(last_block)]
-    data_steps = [[0] * size for _ in range(last_block)]
+    batches = [[0] * size for _ in range(last_block)]
     turns = [0] * config.num_blocks  # For buffer b, turns[b] is also its number of writes.
     drops = [0] * config.num_blocks
     forced = [] if config.warm_up == "none" else list(warm_up)
@@ -249,7 +251,7 @@ def _events(config: PlanConfig) -> Iterator[Event]:
                 forced = list(warm_up)
                 continue
 
-        read_slot, data_step, age, use_count = None, turn, 0, 1
+        read_slot, batch, age, use_count = None, turn, 0, 1
         if block > 0:
             num_writes, counts = turns[block - 1], use_counts[block - 1]
             if num_writes == 0:
@@ -259,25 +261,29 @@ def _events(config: PlanConfig) -> Iterator[Event]:
             if use_count >= max_reuse:
                 continue
             counts[read_slot] += 1
-            data_step = data_steps[block - 1][read_slot]
+            batch = batches[block - 1][read_slot]
             age = (num_writes - 1 - read_slot) % size
 
         write_slot = None
         if block < last_block:
             write_slot = turn % size
             use_counts[block][write_slot] = 1
-            data_steps[block][write_slot] = data_step
+            batches[block][write_slot] = batch
 
         turns[block] += 1
-        update = turn < num_updates
-        yield Event(block, turn, update, data_step, read_slot, write_slot, age, use_count)
+        operation = UPDATE if turn < num_updates else FEED
+        yield Event(block, operation, batch, turn, read_slot, write_slot, age, use_count)
 
 
 def _check_pmf(pmf: Sequence[float], num_blocks: int) -> None:
     if len(pmf) != num_blocks:
-        raise UserError(f"pmf={pmf} must have one probability for each of the {num_blocks} blocks")
+        raise UserError(
+            f"config.replay.pmf={pmf} must have one probability for each of the {num_blocks} blocks"
+        )
     if not all(0 < p < math.inf for p in pmf):
-        raise UserError(f"pmf={pmf} must be positive, or a block never runs; raise the others")
+        raise UserError(
+            f"config.replay.pmf={pmf} must be positive, or a block never runs; raise the others"
+        )
     if abs(sum(pmf) - 1) > 1e-6:
         scaled = tuple(round(p / sum(pmf), 6) for p in pmf)
-        raise UserError(f"pmf={pmf} must sum to 1, not {sum(pmf):.6g}; try {scaled}")
+        raise UserError(f"config.replay.pmf={pmf} must sum to 1, not {sum(pmf):.6g}; try {scaled}")

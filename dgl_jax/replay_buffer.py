@@ -1,16 +1,25 @@
-"""What a replay buffer holds: mini-batches of activations, whole or compressed.
+"""Replay buffers in device memory: rings of mini-batches of activations, whole or compressed.
 
 The journal version of DGL (2106.06401) compresses buffers, since they are what asynchronous
 training costs in memory. Here: float32, bfloat16, or int8 with a scale a channel.
 """
 
+import sys
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import auto as tqdm
 
 from dgl_jax.config import ReplayConfig
+from dgl_jax.errors import UserError
+from dgl_jax.placement import BlockPlacement
 
 # A compressed mini-batch: "x", and for int8 "scale".
 Encoded = dict[str, jax.Array]
+# M compressed mini-batches, stacked along a new first axis, and "labels", int32 [M, B].
+Buffer = dict[str, jax.Array]
 
 
 def encode(activations: jax.Array, buffer_dtype: str) -> Encoded:
@@ -43,13 +52,81 @@ def decode(encoded: Encoded) -> jax.Array:
     return x
 
 
-def slot_shapes(activations: jax.ShapeDtypeStruct, config: ReplayConfig) -> Encoded:
-    """The shapes and dtypes of one slot."""
-    return jax.eval_shape(lambda x: encode(x, config.buffer_dtype), activations)
+def buffer_shapes(activations: jax.ShapeDtypeStruct, config: ReplayConfig) -> Buffer:
+    """The shapes and dtypes of a buffer.
+
+    Args:
+      activations: of the mini-batches in it, [B, ..., C].
+      config: its ``buffer_size`` (M) and ``buffer_dtype``.
+    """
+    slot = jax.eval_shape(lambda x: encode(x, config.buffer_dtype), activations)
+    slot["labels"] = jax.ShapeDtypeStruct(activations.shape[:1], jnp.int32)
+    stack = lambda leaf: jax.ShapeDtypeStruct((config.buffer_size, *leaf.shape), leaf.dtype)
+    return jax.tree.map(stack, slot)
 
 
-def buffer_bytes(activations: jax.ShapeDtypeStruct, config: ReplayConfig) -> int:
-    """The memory of one buffer of ``config.buffer_size`` mini-batches, labels included."""
-    leaves = jax.tree.leaves(slot_shapes(activations, config))
-    labels = 4 * activations.shape[0]
-    return config.buffer_size * (labels + sum(x.size * x.dtype.itemsize for x in leaves))
+def buffer_shardings(placement: BlockPlacement, config: ReplayConfig) -> Buffer:
+    """Where a buffer lives: split along its mini-batches' examples, as the mini-batches are."""
+    split = NamedSharding(placement.batch.mesh, PartitionSpec(None, *placement.batch.spec))
+    shardings = {"x": split, "labels": split}
+    return shardings | ({"scale": placement.state} if config.buffer_dtype == "int8" else {})
+
+
+def init_buffers(
+    activations: Sequence[jax.ShapeDtypeStruct], config: ReplayConfig, placement: BlockPlacement
+) -> tuple[Buffer, ...]:
+    """Makes empty buffers on the devices, after a line that says what memory they take.
+
+    Args:
+      activations: of the mini-batches in each buffer, [B, ..., C].
+      config: what the user asked for.
+      placement: of all blocks.
+
+    Raises:
+      UserError: if the devices have less memory than that; unknown on the CPU.
+    """
+    shapes = [buffer_shapes(x, config) for x in activations]
+    sizes = [nbytes(buffer) for buffer in shapes]
+    each = ", ".join(f"{size / 2**30:.3g}" for size in sizes)
+    tqdm.tqdm.write(
+        f"replay buffers: {len(sizes)} of {config.buffer_size} mini-batches in "
+        f"{config.buffer_dtype}: {sum(sizes) / 2**30:.3g} GiB ({each})",
+        file=sys.stderr,
+    )
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in placement.devices]
+    if all(limits) and sum(sizes) > sum(limits):
+        half = max(1, config.buffer_size * sum(limits) // sum(sizes) // 2)
+        raise UserError(
+            f"config.replay.buffer_size={config.buffer_size} takes {sum(sizes) / 2**30:.3g} GiB "
+            f"in {config.buffer_dtype}, more than the {sum(limits) / 2**30:.3g} GiB of "
+            f"{len(limits)} {placement.devices[0].device_kind} device(s); try {half}, or another "
+            "config.replay.buffer_dtype"
+        )
+    zeros = lambda: tuple(
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), buffer) for buffer in shapes
+    )
+    shardings = (buffer_shardings(placement, config),) * len(shapes)
+    return jax.jit(zeros, out_shardings=shardings)()
+
+
+def nbytes(buffer: Buffer) -> int:
+    """The memory of a buffer of arrays or shapes, labels included."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(buffer))
+
+
+def read(buffer: Buffer, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mini-batch in a slot: activations, float32 [B, ..., C], and labels, int32 [B]."""
+    held = {
+        name: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False)
+        for name, leaf in buffer.items()
+    }
+    return decode(held), held["labels"]
+
+
+def write(buffer: Buffer, slot: jax.Array, activations: jax.Array, labels: jax.Array) -> Buffer:
+    """The buffer with a mini-batch in that slot; in place where it is donated."""
+    held = encode(activations, buffer["x"].dtype.name) | {"labels": labels}
+    return {
+        name: jax.lax.dynamic_update_index_in_dim(leaf, held[name], slot, axis=0)
+        for name, leaf in buffer.items()
+    }

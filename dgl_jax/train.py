@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import auto as tqdm
 
-from dgl_jax import checkpoint, cost, drift, evaluation, metrics, placement, plots
+from dgl_jax import checkpoint, cost, drift, evaluation, metrics, placement, plots, replay_buffer
 from dgl_jax.auxiliary import make_auxiliary
 from dgl_jax.config import Config, check_same_run, to_dict
 from dgl_jax.data import Dataset, load_dataset
@@ -261,12 +261,15 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "bytes_between_blocks": [
             directions * batch_size * block.activation_bytes for block in costs[:-1]
         ],
+        "method_memory_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.memory)),
         "block_step_seconds": step_seconds,
         "params_sha256": params_sha256(state.blocks),
         "jax_version": jax.__version__,
         "device_kind": placements[0].devices[0].device_kind,
         "num_devices": len({device for where in placements for device in where.devices}),
     }
+    if config.method.name == "async_dgl":
+        summary["replay_buffer_bytes"] = [replay_buffer.nbytes(buffer) for buffer in state.memory]
     if config.eval.log_drift:
         drift.write_drift(workdir)
     plots.plot_run(workdir, summary)

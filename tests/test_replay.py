@@ -11,6 +11,7 @@ import pytest
 
 from dgl_jax.errors import UserError
 from dgl_jax.replay import POLICIES, PlanConfig, plan, select_slot, slowed_pmf
+from dgl_jax.schedule import UPDATE
 
 
 def _config(**options):
@@ -18,7 +19,7 @@ def _config(**options):
     return PlanConfig(**(defaults | options))
 
 
-def _reads(monkeypatch, policy, size, actions, max_reuse=None):
+def _reads(monkeypatch, policy, size, actions, max_reuse=0):
     """The batches that block 1 reads when block 0 (w) and block 1 (r) are drawn as in actions."""
     config = PlanConfig(
         2, 100, 1, (0.5, 0.5), buffer_size=size, policy=policy, max_reuse=max_reuse, warm_up="none"
@@ -30,8 +31,8 @@ def _reads(monkeypatch, policy, size, actions, max_reuse=None):
         patch.setattr(random.Random, "random", lambda self: next(draws))
         for event in plan(config):
             if event.block == 1:
-                batches.append(event.data_step)
-                assert event.read_slot == event.data_step % size  # The ring overwrites the oldest.
+                batches.append(event.batch)
+                assert event.read_slot == event.batch % size  # The ring overwrites the oldest.
     assert next(draws, None) is None
     return batches
 
@@ -72,7 +73,7 @@ def test_max_reuse_skips_the_turn(monkeypatch):
     assert _reads(monkeypatch, "official", 1, "wrrwr", 2) == [0, 0, 1]
     assert _reads(monkeypatch, "lifo_least_reused", 1, "wrrwr", 2) == [0, 1]
     config = _config(max_reuse=2, warm_up="none", buffer_size=3, num_epochs=30)
-    reads = [(e.block, e.data_step) for e in plan(config) if e.block]
+    reads = [(e.block, e.batch) for e in plan(config) if e.block]
     assert len(reads) == len(set(reads)) > 200
 
 
@@ -82,7 +83,7 @@ def test_whole_plan_by_hand():
         num_blocks=2, steps_per_epoch=3, num_epochs=1, pmf=None, buffer_size=2, policy="official"
     )
     events = [
-        (e.block, e.turn, e.data_step, e.read_slot, e.write_slot, e.age, e.use_count)
+        (e.block, e.turn, e.batch, e.read_slot, e.write_slot, e.age, e.use_count)
         for e in plan(config)
     ]
     assert events == [
@@ -93,7 +94,7 @@ def test_whole_plan_by_hand():
         (0, 2, 2, None, 0, 0, 1),  # Overwrites batch 0.
         (1, 2, 2, 0, None, 0, 1),
     ]
-    assert all(event.update for event in plan(config))
+    assert all(event.operation == UPDATE for event in plan(config))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -103,7 +104,8 @@ def test_round_robin_with_one_slot_is_synchronous(policy):
     assert len(events) == 3 * 12
     for number, event in enumerate(events):
         step, block = divmod(number, 3)
-        assert (event.block, event.turn, event.data_step, event.update) == (block, step, step, True)
+        assert (event.block, event.turn, event.batch) == (block, step, step)
+        assert event.operation == UPDATE
         assert (event.age, event.use_count) == (0, 1)
         assert event.read_slot == (None if block == 0 else 0)
         assert event.write_slot == (None if block == 2 else 0)
@@ -111,7 +113,7 @@ def test_round_robin_with_one_slot_is_synchronous(policy):
 
 def test_one_block_only_takes_new_batches():
     events = list(plan(_config(num_blocks=1, pmf=(1.0,), warm_up="none")))
-    assert [(e.data_step, e.read_slot, e.write_slot) for e in events] == [
+    assert [(e.batch, e.read_slot, e.write_slot) for e in events] == [
         (step, None, None) for step in range(12)
     ]
 
@@ -124,8 +126,8 @@ def test_slots_hold_what_the_events_say():
     num_reads = {}
     for event in plan(config):
         if event.block:
-            data_step, written_at = slots[event.block - 1][event.read_slot]
-            assert event.data_step == data_step
+            batch, written_at = slots[event.block - 1][event.read_slot]
+            assert event.batch == batch
             assert event.age == num_writes[event.block - 1] - 1 - written_at
             key = event.block, written_at
             num_reads[key] = num_reads.get(key, 0) + 1
@@ -134,7 +136,7 @@ def test_slots_hold_what_the_events_say():
             slot = event.write_slot
             oldest = min(slots[event.block], key=lambda held: held[1] if held else -1)
             assert slots[event.block][slot] == oldest
-            slots[event.block][slot] = event.data_step, num_writes[event.block]
+            slots[event.block][slot] = event.batch, num_writes[event.block]
         assert event.turn == num_writes[event.block]
         num_writes[event.block] += 1
 
@@ -166,14 +168,15 @@ def test_every_block_makes_all_its_updates_and_then_feeds():
     for block in range(3):
         own = [event for event in events if event.block == block]
         assert [event.turn for event in own] == list(range(len(own)))
-        assert [event.update for event in own] == [event.turn < 40 for event in own]
-    finished = [event for event in events if not event.update]
+        assert [event.operation == UPDATE for event in own] == [event.turn < 40 for event in own]
+    finished = [event for event in events if event.operation != UPDATE]
     assert finished and {event.block for event in finished} == {0, 1}
     assert all(event.write_slot is not None for event in finished)
     # It ends with the last update, here of the slowed block.
-    assert events[-1].update and (events[-1].block, events[-1].turn) == (2, 39)
+    last = events[-1]
+    assert (last.block, last.operation, last.turn) == (2, UPDATE, 39)
     # The slowed block, still updating, reads what was written after its feeder had finished.
-    assert any(e.block == 2 and e.update and e.data_step >= 40 for e in events)
+    assert any(e.block == 2 and e.operation == UPDATE and e.batch >= 40 for e in events)
 
 
 def test_official_accounting():
@@ -243,13 +246,15 @@ def test_official_plan_is_that_of_the_official_loop():
             expected.append(item)
         if len(expected) == len(events):
             break
-    assert [(e.block, e.read_slot, e.update) for e in events] == [
+    assert [(e.block, e.read_slot, e.operation == UPDATE) for e in events] == [
         (block, slot, update) for block, slot, _, update in expected
     ]
     assert [e.write_slot for e in events if e.block < 5] == [w for b, _, w, _ in expected if b < 5]
     for block in range(6):
         assert [own for b, own in drops if b == block][:3] == [17, 32, 47]
-    assert [sum(e.update for e in events if e.block == block) for block in range(6)] == [1020] * 6
+    assert [
+        sum(e.operation == UPDATE for e in events if e.block == block) for block in range(6)
+    ] == [1020] * 6
 
 
 def test_warm_up():
@@ -292,14 +297,14 @@ def test_select_slot_ignores_slots_never_written():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"buffer_size": 0}, "buffer_size=0 must be at least 1; try 1"),
+        ({"buffer_size": 0}, "config.replay.buffer_size=0 must be at least 1; try 1"),
         ({"num_blocks": 0}, "num_blocks=0 must be at least 1; try 1"),
         ({"num_epochs": 0}, "num_epochs=0 must be positive and finite; try 50"),
-        ({"max_reuse": 1}, "max_reuse=1 must be at least 2, .* or None"),
+        ({"max_reuse": 1}, "max_reuse=1 must be at least 2, .* or 0"),
         ({"drop_epochs": (2, 1)}, r"drop_epochs=\(2, 1\) must be .*; try \(1, 2\)"),
-        ({"policy": "lifo"}, "policy='lifo' is unknown; use one of lifo_least_reused, official"),
-        ({"warm_up": "yes"}, "warm_up='yes' is unknown; use one of none, once, official"),
-        ({"accounting": "x"}, "accounting='x' is unknown; use one of exact, official"),
+        ({"policy": "lifo"}, "policy='lifo' must be one of lifo_least_reused, official"),
+        ({"warm_up": "yes"}, "warm_up='yes' must be one of none, once, official"),
+        ({"accounting": "x"}, "accounting='x' must be one of exact, official"),
         ({"pmf": (0.5, 0.5)}, r"pmf=\(0.5, 0.5\) must have one probability .* 3 blocks"),
         ({"pmf": (0.5, 0.7, -0.2)}, "pmf=.* must be positive, or a block never runs"),
         ({"pmf": (0.5, 0.5, 0.0)}, "pmf=.* must be positive, or a block never runs"),
