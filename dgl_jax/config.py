@@ -476,6 +476,27 @@ def _check_method(config: Config) -> None:
             f"config.placement.kind={kind} is not for config.method.name={method.name}; "
             f"set config.placement.kind={wanted[method.name]}"
         )
+    if method.name == "async_dgl_parallel":
+        for field in ("order", "pmf", "warm_up", "accounting"):
+            value = getattr(config.replay, field)
+            if value != getattr(ReplayConfig(), field):
+                raise UserError(
+                    f"config.replay.{field}={value} is used by async_dgl only: the workers of "
+                    f"{method.name} draw no blocks; leave it out"
+                )
+        if config.replay.max_reuse == 1:
+            raise UserError(
+                "config.replay.max_reuse=1 must be 0 (no limit) or at least 2, as writing a "
+                "batch counts as its first use"
+            )
+        # Programs over several devices that two threads start on the same devices, in whatever
+        # order, can wait for each other for ever; and evaluation is a thread too.
+        if config.placement.data_parallel > 1:
+            raise UserError(
+                f"config.placement.data_parallel={config.placement.data_parallel} is not for "
+                f"{method.name}, where each worker has one device; set "
+                "config.placement.data_parallel=1"
+            )
     for name in loss.per_block:
         if name not in _LOSSES:
             raise UserError(

@@ -5,6 +5,10 @@ class UserError(ValueError):
     """A mistake in the user's input: one line with name, value, rule and remedy."""
 
 
+class WorkerError(RuntimeError):
+    """A block's worker failed; the message has the block, the cause is the original exception."""
+
+
 def not_finite_error(what: str, step: int) -> UserError:
     """What stops a run whose numbers have overflowed."""
     return UserError(

@@ -72,36 +72,51 @@ def buffer_shardings(placement: BlockPlacement, config: ReplayConfig) -> Buffer:
     return shardings | ({"scale": placement.state} if config.buffer_dtype == "int8" else {})
 
 
-def init_buffers(
-    activations: Sequence[jax.ShapeDtypeStruct], config: ReplayConfig, placement: BlockPlacement
-) -> tuple[Buffer, ...]:
-    """Makes empty buffers on the devices, after a line that says what memory they take.
+def check_memory(
+    activations: Sequence[jax.ShapeDtypeStruct],
+    config: ReplayConfig,
+    devices: Sequence[jax.Device],
+) -> None:
+    """Says in a line what memory the buffers take.
 
     Args:
       activations: of the mini-batches in each buffer, [B, ..., C].
       config: what the user asked for.
-      placement: of all blocks.
+      devices: where the buffers will live.
 
     Raises:
       UserError: if the devices have less memory than that; unknown on the CPU.
     """
-    shapes = [buffer_shapes(x, config) for x in activations]
-    sizes = [nbytes(buffer) for buffer in shapes]
+    sizes = [nbytes(buffer_shapes(x, config)) for x in activations]
     each = ", ".join(f"{size / 2**30:.3g}" for size in sizes)
     tqdm.tqdm.write(
         f"replay buffers: {len(sizes)} of {config.buffer_size} mini-batches in "
         f"{config.buffer_dtype}: {sum(sizes) / 2**30:.3g} GiB ({each})",
         file=sys.stderr,
     )
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in placement.devices]
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     if all(limits) and sum(sizes) > sum(limits):
         half = max(1, config.buffer_size * sum(limits) // sum(sizes) // 2)
         raise UserError(
             f"config.replay.buffer_size={config.buffer_size} takes {sum(sizes) / 2**30:.3g} GiB "
             f"in {config.buffer_dtype}, more than the {sum(limits) / 2**30:.3g} GiB of "
-            f"{len(limits)} {placement.devices[0].device_kind} device(s); try {half}, or another "
+            f"{len(limits)} {devices[0].device_kind} device(s); try {half}, or another "
             "config.replay.buffer_dtype"
         )
+
+
+def init_buffers(
+    activations: Sequence[jax.ShapeDtypeStruct], config: ReplayConfig, placement: BlockPlacement
+) -> tuple[Buffer, ...]:
+    """Makes empty buffers on the devices, after `check_memory`.
+
+    Args:
+      activations: of the mini-batches in each buffer, [B, ..., C].
+      config: what the user asked for.
+      placement: of all blocks.
+    """
+    check_memory(activations, config, placement.devices)
+    shapes = [buffer_shapes(x, config) for x in activations]
     zeros = lambda: tuple(
         jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), buffer) for buffer in shapes
     )

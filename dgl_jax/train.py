@@ -19,7 +19,7 @@ from dgl_jax import checkpoint, cost, drift, evaluation, metrics, placement, plo
 from dgl_jax.auxiliary import make_auxiliary
 from dgl_jax.config import Config, check_same_run, to_dict
 from dgl_jax.data import Dataset, load_dataset
-from dgl_jax.errors import UserError, not_finite_error
+from dgl_jax.errors import UserError, WorkerError, not_finite_error
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods import METHODS
 from dgl_jax.models import check_image_shape, make_network
@@ -107,7 +107,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     key = jax.random.key(config.seed)
     images = jax.ShapeDtypeStruct((config.train.batch_size, *dataset.image_shape), jnp.float32)
     block_states = init_states(blocks, optimizer, key, dataset.image_shape, placements)
-    runner = method.make_runner(config, blocks, optimizer, key, placements)
+    # However they were asked for, a runner finds the updates of each block in train.num_steps.
+    train_config = dataclasses.replace(config.train, num_steps=num_updates, num_epochs=0.0)
+    runner = method.make_runner(
+        dataclasses.replace(config, train=train_config), blocks, optimizer, key, placements
+    )
     state = TrainState(block_states, runner.init_memory(block_states, images))
     evaluate = evaluation.make_evaluate(
         runner.logits, placements[-1].batch, config.eval.ensemble_last
@@ -170,6 +174,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     def wall_seconds():
         return record["wall_seconds"] + time.perf_counter() - start_time
 
+    def save(step, state, top1=None):
+        _check_finite(state.blocks, step)
+        now = {"wall_seconds": wall_seconds(), "totals": dict(record["totals"])}
+        checkpoint.save(checkpointer, step, state, top1=top1, record=record | now)
+
     # ---- The loop. The host only dispatches; the guard proves that nothing crosses between
     # host and devices unasked.
     results = None
@@ -180,7 +189,13 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         stack.enter_context(checkpointer)
         stack.enter_context(jax.transfer_guard("disallow"))
         for tasks in schedule.tasks(step):
-            state, step_metrics = runner.step(state, tasks, dataset.batch_at)
+            try:
+                state, step_metrics = runner.step(state, tasks, dataset.batch_at)
+            except WorkerError:  # What all blocks have done is kept.
+                log.flush()
+                if checkpointer.latest is None or checkpointer.latest.step < step:
+                    save(step, runner.snapshot(state))
+                raise
             step += 1
             for task in tasks:
                 if task.operation in (UPDATE, BACKWARD) and task.block in step_metrics:
@@ -193,20 +208,14 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             is_checkpoint = is_eval or step % checkpoint_every == 0
             if is_checkpoint:
                 log.flush()
-                record["train_seconds"] += time.perf_counter() - clock
+                now = time.perf_counter()
+                record["train_seconds"] += now - clock
                 record["timed_steps"] += step - clock_step
                 state = runner.snapshot(state)
                 results = evaluate_all(step) if is_eval else None
-                _check_finite(state.blocks, step)
-                checkpoint.save(
-                    checkpointer,
-                    step,
-                    state,
-                    top1=results[splits[-1]]["top1"][-1] if is_eval else None,
-                    record=record
-                    | {"wall_seconds": wall_seconds(), "totals": dict(record["totals"])},
-                )
-                clock, clock_step = time.perf_counter(), step
+                save(step, state, top1=results[splits[-1]]["top1"][-1] if is_eval else None)
+                # Blocks that have no tasks but decide themselves have trained on meanwhile.
+                clock, clock_step = time.perf_counter() if tasks else now, step
         if results is None:  # The run had been killed after its last checkpoint.
             results = evaluate_all(step)
         checkpointer.wait()
