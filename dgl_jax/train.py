@@ -277,8 +277,9 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "device_kind": placements[0].devices[0].device_kind,
         "num_devices": len({device for where in placements for device in where.devices}),
     }
-    if config.method.name == "async_dgl":
-        summary["replay_buffer_bytes"] = [replay_buffer.nbytes(buffer) for buffer in state.memory]
+    if config.method.name in ("async_dgl", "async_dgl_parallel"):
+        buffers = state.memory["buffers"] if isinstance(state.memory, dict) else state.memory
+        summary["replay_buffer_bytes"] = [replay_buffer.nbytes(buffer) for buffer in buffers]
     if config.eval.log_drift:
         drift.write_drift(workdir)
     plots.plot_run(workdir, summary)
