@@ -1,8 +1,8 @@
 """The auxiliary heads: small networks that give a block its local loss, or its gradient.
 
 A head takes a block's output (the input is not detached: block and head train together)
-and returns logits; all its widths follow from what it is given. A `Synthesizer` returns a
-gradient instead, and is not in the table `AUXILIARY`.
+and returns logits, or more (`SimilarityHead`); all its widths follow from what it is given. A
+`Synthesizer` returns a gradient instead, and is not in the table `AUXILIARY`.
 """
 
 import functools
@@ -21,6 +21,7 @@ from dgl_jax.models.layers import (
     batch_norm,
     torch_default_init,
 )
+from dgl_jax.models.network import train_argument
 
 
 def _check_map(name: str, x: jax.Array) -> None:
@@ -111,6 +112,96 @@ class MLPSRAux(nn.Module):
         return PooledMLP(self.num_classes, 3, self.max_hidden, self.dtype)(x, train)
 
 
+class PredAux(nn.Module):
+    """Average pool to at most `max_features` numbers, then one linear layer, zero at the start.
+
+    The pool's kernel is doubled in height, then in width, and so on, until few enough numbers
+    are left or one pixel is. Activations [B, F] and [B, T, F] are flattened as they are.
+
+    Source: PredSim, the classifier of its "pred" and "predsim" losses, as in the authors' code.
+    Deviation: where a kernel does not divide the map, bins overlap (`adaptive_avg_pool`); theirs
+      pads the map with zeros.
+
+    Attributes:
+      num_classes: the output's width.
+      max_features: the most numbers that the linear layer takes of one example; 2048 in most
+        of the authors' experiments.
+      dtype: of the computation; None for the promoted dtype of input and parameters.
+    """
+
+    num_classes: int
+    max_features: int = 2048
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if x.ndim == 4:
+            x = adaptive_avg_pool(x, _pooled_size(*x.shape[1:], self.max_features))
+        x = x.reshape(x.shape[0], -1)
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, dtype=self.dtype)(x)
+
+
+def _pooled_size(height: int, width: int, channels: int, max_features: int) -> tuple[int, int]:
+    """Height and width after pooling with `PredAux`'s kernel."""
+    size, kernel, axis = [height, width], [1, 1], 0
+    while channels * math.prod(size) > max_features and size != [1, 1]:
+        kernel[axis] *= 2
+        size[axis] = math.ceil((height, width)[axis] / kernel[axis])
+        axis = 1 - axis
+    return tuple(size)
+
+
+class SimilarityHead(nn.Module):
+    """The head of a similarity loss: a linear map of the block's output, and a classifier.
+
+    Returns ``{"similarity": ..., "logits": ...}``: a 3x3 convolution of C to C without bias on
+    [B, H, W, C], or a linear layer of F to F without bias on [B, F] and [B, T, F]; and the
+    classifier's logits. Without a classifier there are no logits.
+
+    Source: PredSim's blocks, as in the authors' code.
+    Deviation: the classifier may be any head; theirs is `PredAux`. In their networks a block's
+      output comes from a LeakyReLU of slope 0.01, here from the network's own ReLU.
+
+    Attributes:
+      classifier: the head of the logits; None for the loss ``sim``, which needs none.
+      dtype: of the computation; None for the promoted dtype of input and parameters.
+    """
+
+    classifier: nn.Module | None
+    dtype: jnp.dtype | None = None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the output has logits; `methods.dgl.make_blocks` tells the block."""
+        return self.classifier is not None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
+        options = {"use_bias": False, "kernel_init": torch_default_init, "dtype": self.dtype}
+        if x.ndim == 4:
+            linear = Conv(x.shape[-1], (3, 3), name="similarity", **options)
+        else:
+            linear = nn.Dense(x.shape[-1], name="similarity", **options)
+        output = {"similarity": linear(x)}
+        if self.classifier is not None:
+            output["logits"] = self.classifier(x, **train_argument(self.classifier, train))
+        return output
+
+
+def head_for_loss(loss: str, classifier: nn.Module, dtype=None) -> nn.Module:
+    """The head that a local loss needs.
+
+    Args:
+      loss: ``cross_entropy`` or ``pred``: the classifier itself; ``sim``: a similarity map
+        alone; ``predsim``: both.
+      classifier: a head that returns logits.
+      dtype: of the similarity map's computation.
+    """
+    if loss not in ("sim", "predsim"):
+        return classifier
+    return SimilarityHead(classifier if loss == "predsim" else None, dtype)
+
+
 class SynthesizerAux(nn.Module):
     """`Synthesizer`'s convolutions, global average pool, Linear: logits from [B, H, W, C].
 
@@ -196,23 +287,32 @@ def _convolutions(x: jax.Array, count: int, kernel: int, train: bool, dtype) -> 
     return x
 
 
-AUXILIARY = {"cnn": CNNAux, "mlp": MLPAux, "mlp_sr": MLPSRAux, "synthesizer": SynthesizerAux}
+AUXILIARY = {
+    "cnn": CNNAux,
+    "mlp": MLPAux,
+    "mlp_sr": MLPSRAux,
+    "pred": PredAux,
+    "synthesizer": SynthesizerAux,
+}
 
 
-def make_auxiliary(name: str, num_classes: int, *, max_hidden: int = 0, dtype=None) -> nn.Module:
+def make_auxiliary(
+    name: str, num_classes: int, *, max_hidden: int = 0, max_features: int = 2048, dtype=None
+) -> nn.Module:
     """Makes a head of the table `AUXILIARY`.
 
     Args:
       name: a key of `AUXILIARY`.
       num_classes: the logits' width.
       max_hidden: a cap on the hidden width of the head's MLP; 0 for none.
+      max_features: a cap on what the linear layer of `PredAux` takes.
       dtype: of the computation; None for the promoted dtype of input and parameters.
 
     Returns:
       The head.
 
     Raises:
-      UserError: for an unknown name, or a cap on a head without an MLP.
+      UserError: for an unknown name, or a cap on a head that has nothing to cap.
     """
     if name not in AUXILIARY:
         raise UserError(f"auxiliary.name={name} is unknown; choose one of {', '.join(AUXILIARY)}")
@@ -222,4 +322,11 @@ def make_auxiliary(name: str, num_classes: int, *, max_hidden: int = 0, dtype=No
             f"auxiliary.max_hidden={max_hidden} does not apply to auxiliary.name={name}, which "
             "has no hidden layers; leave it at 0"
         )
+    if max_features != 2048:
+        options["max_features"] = max_features
+        if AUXILIARY[name] is not PredAux:
+            raise UserError(
+                f"auxiliary.max_features={max_features} does not apply to auxiliary.name={name}; "
+                "leave it at 2048, or set auxiliary.name=pred"
+            )
     return AUXILIARY[name](num_classes, dtype=dtype, **options)

@@ -503,9 +503,10 @@ def _check_method(config: Config) -> None:
                 f"config.loss.per_block={loss.per_block}: {name!r} must be one of "
                 f"{', '.join(_LOSSES)}"
             )
+    has_local_losses = method.name in ("dgl", "sequential", "async_dgl", "async_dgl_parallel")
     matching = [name for name in (loss.name, *loss.per_block) if name in ("sim", "predsim")]
     if matching:
-        if method.name not in ("dgl", "sequential", "async_dgl", "async_dgl_parallel"):
+        if not has_local_losses:
             raise UserError(
                 f"config.loss.name={matching[0]} is a local loss, but the blocks of "
                 f"config.method.name={method.name} have none; set config.loss.name=cross_entropy"
@@ -515,8 +516,21 @@ def _check_method(config: Config) -> None:
                 f"config.train.batch_size={config.train.batch_size}: the {matching[0]} loss "
                 "compares the examples of a batch; try 128"
             )
-    if loss.per_block and method.name == "backprop":
-        raise UserError("config.loss.per_block does not apply to backprop, which is one block")
+    if loss.per_block and not has_local_losses:
+        raise UserError(
+            f"config.loss.per_block={loss.per_block} is for local losses, but the blocks of "
+            f"config.method.name={method.name} have none; leave it out"
+        )
+    if loss.per_block and config.partition.strategy == "balanced":
+        raise UserError(
+            f"config.loss.per_block={loss.per_block}: config.partition.strategy=balanced weighs "
+            "the same head at every cut; set it to explicit and give config.partition.cuts"
+        )
+    if loss.similarity_weight != LossConfig.similarity_weight and "predsim" not in matching:
+        raise UserError(
+            f"config.loss.similarity_weight={loss.similarity_weight} is used by predsim only; "
+            "leave it out, or set config.loss.name=predsim"
+        )
     if loss.similarity_weight > 1:
         raise UserError(f"config.loss.similarity_weight={loss.similarity_weight} must be at most 1")
 

@@ -200,7 +200,7 @@ def _training_seconds(module: Any, x: jax.ShapeDtypeStruct, repeats: int = 5) ->
     def run(params, x):
         def output_sum(params, x):
             y, _ = apply_module(module, params, batch_stats, x, train=True, key=key)
-            return jnp.sum(y.astype(jnp.float32))
+            return sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(y))
 
         return jax.grad(output_sum, argnums=(0, 1))(params, x)
 

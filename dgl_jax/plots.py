@@ -45,7 +45,7 @@ def _plot_learning_curves(workdir: str, summary: dict, lines: list[dict]) -> Non
                 label = f"block {block}" if split == "test" else None
                 if points:  # A block without a classifier has no accuracy.
                     axes.plot(*zip(*points), color=color, label=label, **style)
-    loss_axes.set(xlabel="epoch", ylabel="local loss (train: faint, test: dots)")
+    loss_axes.set(xlabel="epoch", ylabel="local loss (train), cross-entropy (test: dots)")
     accuracy_axes.set(xlabel="epoch", ylabel="top-1 accuracy, %")
     accuracy_axes.legend(frameon=False, fontsize="small", ncols=1 + summary["num_blocks"] // 9)
     figure.suptitle(_title(summary))

@@ -16,11 +16,11 @@ import numpy as np
 from tqdm import auto as tqdm
 
 from dgl_jax import checkpoint, cost, drift, evaluation, metrics, placement, plots, replay_buffer
-from dgl_jax.auxiliary import make_auxiliary
+from dgl_jax.auxiliary import head_for_loss, make_auxiliary
 from dgl_jax.config import Config, check_same_run, to_dict
 from dgl_jax.data import Dataset, load_dataset
 from dgl_jax.errors import UserError, WorkerError, not_finite_error
-from dgl_jax.losses import make_loss_fn
+from dgl_jax.losses import SIMILARITY_LOSSES, local_losses, make_loss_fns
 from dgl_jax.methods import METHODS
 from dgl_jax.models import check_image_shape, make_network
 from dgl_jax.models.network import Network
@@ -75,18 +75,25 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         dtype=dtype,
     )
     check_image_shape(network, dataset.image_shape)
-    head = make_auxiliary(
+    classifier = make_auxiliary(
         config.auxiliary.name,
         dataset.num_classes,
         max_hidden=config.auxiliary.max_hidden,
+        max_features=config.auxiliary.max_features,
         dtype=dtype,
     )
     if previous:
         cuts = tuple(previous["config"]["resolved"]["cuts"])  # Measured costs may differ by now.
     else:
+        head = head_for_loss(config.loss.name, classifier, dtype)
         cuts = choose_cuts(config, network, head, dataset.image_shape)
+    losses = local_losses(config.loss, len(cuts) + 1)
+    if not previous:
+        _check_first_batch(losses, dataset, config.train.batch_size)
+    heads = tuple(head_for_loss(loss, classifier, dtype) for loss in losses)
+    loss_fns = make_loss_fns(config.loss, len(cuts) + 1, dataset.num_classes)
     method = METHODS[config.method.name]
-    blocks = method.make_blocks(network, cuts, head, make_loss_fn(config.loss))
+    blocks = method.make_blocks(network, cuts, heads, loss_fns)
     num_blocks = len(blocks)
 
     # ---- In what order they run. A step is one turn of the schedule, an epoch of it the steps
@@ -364,6 +371,21 @@ def _load_dataset(config: Config, sharding: jax.sharding.Sharding) -> Dataset:
         std=data.std,
         sharding=sharding,
     )
+
+
+def _check_first_batch(losses: Sequence[str], dataset: Dataset, batch_size: int) -> None:
+    """A batch of one class has nothing to teach to a loss that compares its examples."""
+    matching = [loss for loss in losses if loss in SIMILARITY_LOSSES]
+    if not matching:
+        return
+    labels = jax.device_get(dataset.batch_at(0).labels)
+    dataset.close()  # A stream begins anew with the first step.
+    if len(np.unique(labels)) < 2:
+        raise UserError(
+            f"config.train.batch_size={batch_size}: the first batch has one class only "
+            f"({labels[0]}), but the {matching[0]} loss needs two to compare; try a larger batch, "
+            "or data of more classes"
+        )
 
 
 def _flat_names(split: str, means: dict[str, Any], classifiers: Sequence[int]) -> dict[str, float]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgl_jax.auxiliary import AUXILIARY, make_auxiliary
+from dgl_jax.auxiliary import AUXILIARY, SimilarityHead, head_for_loss, make_auxiliary
 from dgl_jax.errors import UserError
 from dgl_jax.models.layers import adaptive_avg_pool
 from dgl_jax.models.network import apply_module, init_module
@@ -113,6 +113,8 @@ def test_errors():
         make_auxiliary("mlpsr", 10)
     with pytest.raises(UserError, match="auxiliary.max_hidden=8 does not apply"):
         make_auxiliary("cnn", 10, max_hidden=8)
+    with pytest.raises(UserError, match="auxiliary.max_features=8 does not apply to .*=mlp;"):
+        make_auxiliary("mlp", 10, max_features=8)
 
 
 def test_global_size_one_map():
@@ -122,3 +124,85 @@ def test_global_size_one_map():
         params, batch_stats = init_module(head, jax.random.key(0), x)
         logits, _ = apply_module(head, params, batch_stats, x, train=False)
         assert logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "max_features", "features"),
+    [
+        ((32, 32), 128, 2048, 4 * 4 * 128),  # Twice doubled in each direction and once more.
+        ((32, 32), 128, 4096, 4 * 8 * 128),  # Height is doubled before width.
+        ((8, 8), 4, 256, 8 * 8 * 4),
+        ((8, 8), 4, 255, 4 * 8 * 4),
+        ((2, 2), 4096, 2048, 4096),  # One pixel is left, however many channels.
+        ((7, 5), 10, 200, 4 * 5 * 10),
+        ((7, 5), 10, 199, 4 * 3 * 10),
+        ((1, 8), 10, 40, 4 * 10),
+    ],
+)
+def test_pred_pools_until_few_enough_features_are_left(size, channels, max_features, features):
+    head = make_auxiliary("pred", 3, max_features=max_features)
+    x = jax.ShapeDtypeStruct((2, *size, channels), jnp.float32)
+    params, _ = jax.eval_shape(lambda x: init_module(head, jax.random.key(0), x), x)
+    assert params["Dense_0"]["kernel"].shape == (features, 3)
+
+
+def test_pred_is_an_average_pool_and_a_linear_layer_of_zeros():
+    x = np.random.default_rng(0).standard_normal((2, 6, 6, 2)).astype(np.float32)
+    head = make_auxiliary("pred", 3, max_features=2 * 3 * 3)
+    params, _ = init_module(head, jax.random.key(0), jnp.asarray(x))
+    assert not np.any(params["Dense_0"]["kernel"])
+    kernel = np.random.default_rng(1).standard_normal((18, 3)).astype(np.float32)
+    logits, _ = apply_module(
+        head, {"Dense_0": {"kernel": kernel, "bias": jnp.zeros(3)}}, {}, x, train=True
+    )
+    pooled = _adaptive_avg_pool_by_loops(x, 3, 3).reshape(2, 18)
+    np.testing.assert_allclose(logits, pooled @ kernel, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4, 6), (2, 6), (2, 3, 6)])
+@pytest.mark.parametrize("loss", ["sim", "predsim"])
+def test_similarity_head(shape, loss):
+    """The classifier sees the block's output, not the similarity map."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    classifier = make_auxiliary("mlp", 3)
+    head = head_for_loss(loss, classifier)
+    assert head.classifies == (loss == "predsim")
+    params, batch_stats = init_module(head, jax.random.key(0), jnp.asarray(x))
+    output, updated = apply_module(head, params, batch_stats, x, train=True)
+    assert output.keys() == ({"similarity", "logits"} if head.classifies else {"similarity"})
+    kernel = params["similarity"]["kernel"]
+    assert params["similarity"].keys() == {"kernel"}
+    if len(shape) == 4:
+        assert kernel.shape == (3, 3, 6, 6)
+        expected = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    else:
+        expected = x @ kernel
+    np.testing.assert_allclose(output["similarity"], expected, atol=1e-5)
+    if head.classifies:
+        logits, stats = apply_module(
+            classifier, params["classifier"], batch_stats["classifier"], x, train=True
+        )
+        np.testing.assert_array_equal(output["logits"], logits)
+        jax.tree.map(np.testing.assert_array_equal, updated["classifier"], stats)
+
+
+def test_head_for_loss(small_head):
+    assert head_for_loss("cross_entropy", small_head) is small_head
+    assert head_for_loss("pred", small_head) is small_head
+    # A user's own classifier may have no train argument.
+    x = jnp.ones((2, 4, 4, 3))
+    head = SimilarityHead(small_head)
+    params, batch_stats = init_module(head, jax.random.key(0), x)
+    output, _ = apply_module(head, params, batch_stats, x, train=False)
+    assert output["logits"].shape == (2, 4)
+
+
+def test_similarity_head_computes_in_bfloat16_with_float32_variables():
+    head = head_for_loss("sim", make_auxiliary("pred", 3), jnp.bfloat16)
+    x = jnp.ones((2, 4, 4, 3))
+    params, _ = init_module(head, jax.random.key(0), x)
+    output, _ = apply_module(head, params, {}, x, train=False)
+    assert output["similarity"].dtype == jnp.bfloat16
+    assert params["similarity"]["kernel"].dtype == jnp.float32

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from dgl_jax import cost
+from dgl_jax.auxiliary import SimilarityHead
 from dgl_jax.config import LossConfig, OptimizerConfig, PlacementConfig
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods import METHODS
+from dgl_jax.models.network import Network
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements
@@ -44,6 +46,18 @@ def test_layer_and_head_costs_fit_the_partition(small_network, small_head, kind)
     assert min(layers + heads) > 0
     if kind == "flops":
         assert layers == sorted(layers)  # 2->3, 3->4, 4->4, 4->5 channels.
+
+
+@pytest.mark.parametrize("kind", ["flops", "time"])
+def test_layer_and_head_costs_of_a_head_that_returns_more_than_logits(
+    small_network, small_head, kind
+):
+    network = Network("two", small_network.layers[:2], small_network.head)
+    head = SimilarityHead(small_head)
+    _, (first, _) = cost.layer_and_head_costs(network, head, (6, 6, 2), 4, kind)
+    if kind == "flops":  # The similarity map of 3 channels, 256 taps inside the image.
+        assert first > 2 * 256 * 3 * 3
+    assert first > 0
 
 
 def test_peak_memory_is_this_processs():

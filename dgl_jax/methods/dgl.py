@@ -29,7 +29,8 @@ def make_blocks(
       network: layers and head.
       cuts: the 0-based layers after which to cut; none for a single block.
       auxiliary_head: the module put on every block but the last, which has the network's own
-        head. It may be one for all or a sequence of one a cut.
+        head. It may be one for all or a sequence of one a cut. A head's attribute
+        ``classifies``, where it has one, says whether its output has logits.
       loss_fn: the blocks' local loss, a function of the head's output and the labels; one for
         all or a sequence of one a block.
 
@@ -43,7 +44,14 @@ def make_blocks(
         loss_fn = (loss_fn,) * len(ranges)
     heads = (*auxiliary_head, network.head)
     return tuple(
-        Block(index, first, network.layers[first:end], head, loss)
+        Block(
+            index,
+            first,
+            network.layers[first:end],
+            head,
+            loss,
+            classifies=getattr(head, "classifies", True),
+        )
         for index, ((first, end), head, loss) in enumerate(zip(ranges, heads, loss_fn, strict=True))
     )
 

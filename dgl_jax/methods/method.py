@@ -15,7 +15,8 @@ class Method:
 
     Attributes:
       make_blocks: ``(network, cuts, auxiliary_head, loss_fn) -> blocks``: what learns, and from
-        which loss. The head and the loss may each be one for all or a sequence of one a cut.
+        which loss. The head may be one for all or a sequence of one a cut, the loss one for all
+        or a sequence of one a block.
       make_schedule: ``(config, num_blocks, num_updates, steps_per_epoch) -> Schedule``: which
         block does what, in which order.
       make_runner: ``(config, blocks, optimizer, key, placements) -> Runner``: how the tasks run

@@ -34,7 +34,7 @@ class Network:
         object.__setattr__(self, "layers", tuple(self.layers))
 
 
-def _train_argument(module: nn.Module, train: bool) -> dict[str, bool]:
+def train_argument(module: nn.Module, train: bool) -> dict[str, bool]:
     """Modules without a ``train`` argument (nn.Dense, a user's own) are called without it."""
     has_train = "train" in inspect.signature(type(module).__call__).parameters
     return {"train": train} if has_train else {}
@@ -54,7 +54,7 @@ def init_module(module: nn.Module, key: jax.Array, x: jax.Array) -> tuple[Params
     Raises:
       ValueError: if the module has variables of another kind than these two.
     """
-    variables = dict(module.init(key, x, **_train_argument(module, False)))
+    variables = dict(module.init(key, x, **train_argument(module, False)))
     params = variables.pop("params", {})
     batch_stats = variables.pop("batch_stats", {})
     if variables:
@@ -91,7 +91,7 @@ def apply_module(
     """
     variables = {"params": params, "batch_stats": batch_stats}
     rngs = {} if key is None else {"dropout": key}
-    inputs |= _train_argument(module, train)
+    inputs |= train_argument(module, train)
     if not train:
         return module.apply(variables, x, **inputs), batch_stats
     y, updated = module.apply(variables, x, **inputs, rngs=rngs, mutable=["batch_stats"])
