@@ -379,7 +379,12 @@ def _config(**sections):
         "network": {"name": "cnn4", "width_factor": 0.0625},
         "auxiliary": {"name": "pred"},
         "partition": {"strategy": "uniform", "num_blocks": 2},
-        "optimizer": {"learning_rate": 0.05, "schedule": "constant"},
+        "optimizer": {
+            "name": "adam",
+            "learning_rate": 5e-3,
+            "weight_decay": 0.0,
+            "schedule": "constant",
+        },
         "train": {"batch_size": 100, "num_steps": 60, "num_epochs": 0.0, "log_every_steps": 10},
         "eval": {"time_blocks": False},
     }
