@@ -374,15 +374,15 @@ def _run(workdir, **fields):
 
 @pytest.mark.parametrize("name", ["dni", "cdni"])
 def test_learns_images_from_the_command_line(name, tmp_path):
-    result = _run(tmp_path, method__name=name, train__num_epochs=2.0)
+    result = _run(tmp_path, method__name=name, train__num_epochs=1.0)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["num_blocks"] == 4 and summary["classifiers"] == [3]
-    assert summary["test_top1"][0] > 0.4  # Chance is 0.1.
+    assert summary["test_top1"][0] > 0.3  # Chance is 0.1.
     assert f"| {name}, dni_cnn, K = 4" in result.stdout
     lines = [x for x in read_metrics(tmp_path / "metrics.jsonl") if "train/block_0/loss" in x]
     assert lines[-1]["train/block_3/loss"] < lines[0]["train/block_3/loss"]
     assert lines[-1]["train/block_0/loss"] > 0
-    assert "train/block_0/gradient_cosine" in lines[-1]
+    assert lines[-1]["train/block_2/gradient_cosine"] > 0.1
     for picture in ("learning_curves.png", "accuracy_by_depth.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"

@@ -327,6 +327,8 @@ def _run(module, params, batch_stats, x):
 def _before_batch_norm(path, params):
     """Whether a parameter is a bias that the next BatchNorm cancels."""
     *scope, name = [entry.key for entry in path]
+    if not scope:
+        return False
     for key in scope[:-1]:
         params = params[key]
     layer, _, index = scope[-1].rpartition("_")
