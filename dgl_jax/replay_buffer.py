@@ -132,7 +132,7 @@ def nbytes(buffer: Buffer) -> int:
 def read(buffer: Buffer, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The mini-batch in a slot: activations, float32 [B, ..., C], and labels, int32 [B]."""
     held = {
-        name: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False)
+        name: _from_bits(jax.lax.dynamic_index_in_dim(_bits(leaf), slot, keepdims=False), leaf)
         for name, leaf in buffer.items()
     }
     return decode(held), held["labels"]
@@ -142,6 +142,17 @@ def write(buffer: Buffer, slot: jax.Array, activations: jax.Array, labels: jax.A
     """The buffer with a mini-batch in that slot; in place where it is donated."""
     held = encode(activations, buffer["x"].dtype.name) | {"labels": labels}
     return {
-        name: jax.lax.dynamic_update_index_in_dim(leaf, held[name], slot, axis=0)
+        name: _from_bits(
+            jax.lax.dynamic_update_index_in_dim(_bits(leaf), _bits(held[name]), slot, axis=0), leaf
+        )
         for name, leaf in buffer.items()
     }
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """bfloat16 as uint16: the CPU compiler would widen a whole buffer to float32 and back."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _from_bits(x: jax.Array, like: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, like.dtype) if x.dtype != like.dtype else x
