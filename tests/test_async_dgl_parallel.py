@@ -446,7 +446,10 @@ def test_an_interrupt_ends_the_wait_and_close_ends_the_threads():
 
 
 @pytest.mark.parametrize("where", ["dispatch", "device"])
-def test_a_failure_stops_all_and_leaves_the_last_good_state(where):
+def test_a_failure_stops_all_and_leaves_the_last_good_state(where, monkeypatch):
+    # So that turns are in flight when it fails.
+    monkeypatch.setattr(workers, "_is_ready", lambda tree: False)
+
     class Broken:
         def block_until_ready(self):
             raise FloatingPointError("the device says no")
