@@ -116,8 +116,8 @@ def test_blocks_heads_and_schedules_are_the_published_ones(name, variant):
 )
 def test_widths_and_sizes_are_the_published_ones(name, variant, shapes):
     network, _ = _cut_network(_load(name, variant))
-    found = [(width, height) for _, height, _, width in layer_shapes(network, (32, 32, 3))]
-    assert found[: len(shapes)] == shapes
+    found = layer_shapes(network, (32, 32, 3))[: len(shapes)]
+    assert [(width, height) for _, height, _, width in found] == shapes
 
 
 def test_cuts_are_those_of_the_official_code():
