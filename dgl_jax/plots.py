@@ -1,7 +1,9 @@
-"""Pictures of a run: learning curves per block, and accuracy by depth."""
+"""Pictures: a run's learning curves per block and accuracy by depth; methods side by side."""
 
 import json
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -27,6 +29,42 @@ def plot_run(workdir: str, summary: dict) -> None:
         _plot_accuracy_by_depth(workdir, summary, lines)
         if os.path.exists(os.path.join(workdir, "drift.json")):
             _plot_theorem(workdir, summary, lines)
+
+
+def plot_comparison(path: str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draws each method's accuracy: the mean over seeds with its deviation, and each seed.
+
+    Args:
+      path: of the PNG.
+      rows: of `tables.comparison_row`; those without a finished run are named, without a dot.
+      title: of the picture.
+    """
+    matplotlib.use("Agg")
+    with plt.rc_context(_STYLE | {"axes.grid.axis": "x", "axes.spines.left": False}):
+        figure, axes = plt.subplots(figsize=(7.5, 1.2 + 0.34 * len(rows)))
+        for place, row in enumerate(rows):
+            text = "failed"
+            if row["seeds"]:
+                accuracy = row["top1"][-1]
+                mean, deviation = 100 * accuracy["mean"], 100 * accuracy["deviation"]
+                axes.errorbar(mean, place, xerr=deviation, fmt="o", ms=6, capsize=3, color="C0")
+                runs = [100 * value for value in accuracy["runs"]]
+                if len(runs) > 1:
+                    axes.plot(runs, [place + 0.25] * len(runs), "o", ms=3, color="0.6")
+                text = f"{mean:.1f} ± {deviation:.1f}" if len(runs) > 1 else f"{mean:.1f}"
+            axes.annotate(
+                text, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9
+            )
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.margins(x=0.08)
+        axes.set_xlabel(
+            "test top-1 accuracy of the last block, %\n(mean, standard deviation; grey: each seed)"
+        )
+        axes.set_title(title, fontsize=11)
+        figure.savefig(path)
+        plt.close(figure)
 
 
 def _plot_learning_curves(workdir: str, summary: dict, lines: list[dict]) -> None:

@@ -1,7 +1,10 @@
 """Runs' summaries as a table that people read."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+_MIB = 2**20
 
 
 def accuracy_table(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -34,10 +37,117 @@ def accuracy_table(summaries: Sequence[Mapping[str, Any]]) -> str:
                 f"{summary['wall_seconds']:.0f}",
             ]
         )
+    return "Test top-1 accuracy by block\n\n" + _markdown(header, rows)
+
+
+def comparison_row(
+    name: str, summaries: Sequence[Mapping[str, Any]], failures: Mapping[int, str]
+) -> dict[str, Any]:
+    """What one row of a comparison says: numbers over seeds.
+
+    Args:
+      name: of the row.
+      summaries: of its finished runs, one a seed, all of one configuration.
+      failures: one line of reason for each seed whose run failed.
+
+    Returns:
+      A mapping for JSON: accuracies are fractions, by block those of the blocks that classify;
+      deviations are those of a sample (n - 1), 0 for a single run; the rest are means.
+    """
+    row = {"name": name, "failures": dict(failures), "seeds": [run["seed"] for run in summaries]}
+    if not summaries:
+        return row
+
+    def over_runs(value):
+        values = [value(run) for run in summaries]
+        return None if None in values else statistics.fmean(values)
+
+    def mean_and_deviation(values):
+        values = list(values)
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        return {"mean": statistics.fmean(values), "deviation": deviation, "runs": values}
+
+    first = summaries[0]
+    step_seconds = [run["block_step_seconds"] for run in summaries]
+    return row | {
+        "num_blocks": first["num_blocks"],
+        "classifiers": first["classifiers"],
+        "top1": [mean_and_deviation(block) for block in zip(*(r["test_top1"] for r in summaries))],
+        "ensemble_top1": mean_and_deviation(run["ensemble_top1"] for run in summaries),
+        "epochs": first["epochs"],
+        "train_examples_per_second": over_runs(lambda run: run["train_examples_per_second"]),
+        "wall_seconds": over_runs(lambda run: run["wall_seconds"]),
+        "network_parameters": sum(first["block_parameters"]) + first["head_parameters"][-1],
+        "auxiliary_parameters": sum(first["head_parameters"][:-1]),
+        "largest_aux_flops_ratio": max(first["aux_flops_ratio"]),
+        "bytes_between_blocks": sum(first["bytes_between_blocks"]),
+        "replay_buffer_bytes": sum(first.get("replay_buffer_bytes") or ()),
+        "peak_memory_bytes": over_runs(lambda run: run["peak_memory_bytes"]),
+        "block_step_seconds": None
+        if None in step_seconds
+        else [statistics.fmean(block) for block in zip(*step_seconds)],
+    }
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Methods side by side.
+
+    Args:
+      rows: of `comparison_row`.
+
+    Returns:
+      A Markdown table, and below it the reason of each run that failed.
+    """
+    header = [
+        "method", "K", "last block, %", "each block that classifies, %", "ensemble, %", "epochs",
+        "images/s", "parameters", "of heads", "largest head / largest block, FLOPs",
+        "between blocks, MiB/step", "replay, MiB", "peak memory, MiB", "step by block, ms",
+    ]  # fmt: skip
+    cells = []
+    for row in rows:
+        if not row["seeds"]:
+            cells.append([row["name"], "-", "failed", *["-"] * (len(header) - 3)])
+            continue
+        failed = f" ({len(row['failures'])} failed)" if row["failures"] else ""
+        by_block, seconds = [_percent(block) for block in row["top1"]], row["block_step_seconds"]
+        replay, speed = row["replay_buffer_bytes"], row["train_examples_per_second"]
+        cells.append(
+            [
+                row["name"],
+                str(row["num_blocks"]),
+                by_block[-1] + failed,
+                " / ".join(by_block) if len(by_block) > 1 else "-",
+                _percent(row["ensemble_top1"]) if len(by_block) > 1 else "-",
+                f"{row['epochs']:.3g}",
+                "-" if speed is None else f"{speed:.0f}",
+                f"{row['network_parameters']:,}",
+                f"{row['auxiliary_parameters']:,}",
+                f"{100 * row['largest_aux_flops_ratio']:.1f} %",
+                f"{row['bytes_between_blocks'] / _MIB:.2f}",
+                f"{replay / _MIB:.1f}" if replay else "-",
+                f"{row['peak_memory_bytes'] / _MIB:.0f}",
+                "-" if seconds is None else " / ".join(f"{1000 * s:.1f}" for s in seconds),
+            ]
+        )
+    failures = [
+        f"\n- {row['name']}, seed {seed}: failed: {reason}"
+        for row in rows
+        for seed, reason in row["failures"].items()
+    ]
+    return _markdown(header, cells) + ("\n" + "".join(failures) if failures else "")
+
+
+def _percent(accuracy: Mapping[str, Any]) -> str:
+    """``88.30 ± 0.21``; without a deviation for a single run."""
+    text = f"{100 * accuracy['mean']:.2f}"
+    return f"{text} ± {100 * accuracy['deviation']:.2f}" if len(accuracy["runs"]) > 1 else text
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
         for row in [header, *rows]
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "Test top-1 accuracy by block\n\n" + "\n".join(lines)
+    return "\n".join(lines)
