@@ -120,6 +120,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         dataclasses.replace(config, train=train_config), blocks, optimizer, key, placements
     )
     state = TrainState(block_states, runner.init_memory(block_states, images))
+    del block_states  # Or it would keep what no runner donates.
     evaluate = evaluation.make_evaluate(
         runner.logits, placements[-1].batch, config.eval.ensemble_last
     )
