@@ -147,6 +147,11 @@ def make_workers(
     for work, block_state, slot in zip(works, state.blocks, inputs):
         jax.block_until_ready((work.update(block_state, slot), work.feed(block_state, slot)))
 
+    # XLA's CPU devices share one pool of threads, which prefers the next of a chain of queued
+    # turns to the first of another device: a worker that queues would starve the others.
+    (device, *_) = jax.tree.leaves(state.blocks[0].params)[0].devices()
+    max_in_flight = 1 if device.platform == "cpu" else config.placement.max_steps_in_flight
+
     return Workers(
         works,
         lambda turn: first.pop(turn, None) or inputs_at(turn),
@@ -155,7 +160,7 @@ def make_workers(
         turns,
         num_updates=config.train.num_steps,
         replay=config.replay,
-        max_in_flight=config.placement.max_steps_in_flight,
+        max_in_flight=max_in_flight,
     )
 
 
