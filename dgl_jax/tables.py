@@ -90,28 +90,31 @@ def comparison_row(
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Methods side by side.
+    """Methods side by side: what they reach, and what they cost.
 
     Args:
       rows: of `comparison_row`.
 
     Returns:
-      A Markdown table, and below it the reason of each run that failed.
+      Two Markdown tables, and below them the reason of each run that failed.
     """
-    header = [
-        "method", "K", "last block, %", "each block that classifies, %", "ensemble, %", "epochs",
-        "images/s", "parameters", "of heads", "largest head / largest block, FLOPs",
-        "between blocks, MiB/step", "replay, MiB", "peak memory, MiB", "step by block, ms",
+    reached = [
+        ["method", "K", "last block, %", "each block that classifies, %", "ensemble, %", "epochs"]
+    ]
+    costs = [
+        [
+            "method", "images/s", "parameters", "of heads", "largest head / largest block, FLOPs",
+            "between blocks, MiB/step", "replay, MiB", "peak memory, MiB", "step by block, ms",
+        ]
     ]  # fmt: skip
-    cells = []
     for row in rows:
         if not row["seeds"]:
-            cells.append([row["name"], "-", "failed", *["-"] * (len(header) - 3)])
+            reached.append([row["name"], "-", "failed", "-", "-", "-"])
             continue
         failed = f" ({len(row['failures'])} failed)" if row["failures"] else ""
         by_block, seconds = [_percent(block) for block in row["top1"]], row["block_step_seconds"]
         replay, speed = row["replay_buffer_bytes"], row["train_examples_per_second"]
-        cells.append(
+        reached.append(
             [
                 row["name"],
                 str(row["num_blocks"]),
@@ -119,6 +122,11 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 " / ".join(by_block) if len(by_block) > 1 else "-",
                 _percent(row["ensemble_top1"]) if len(by_block) > 1 else "-",
                 f"{row['epochs']:.3g}",
+            ]
+        )
+        costs.append(
+            [
+                row["name"],
                 "-" if speed is None else f"{speed:.0f}",
                 f"{row['network_parameters']:,}",
                 f"{row['auxiliary_parameters']:,}",
@@ -130,11 +138,12 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     failures = [
-        f"\n- {row['name']}, seed {seed}: failed: {reason}"
+        f"- {row['name']}, seed {seed}: failed: {reason}"
         for row in rows
         for seed, reason in row["failures"].items()
     ]
-    return _markdown(header, cells) + ("\n" + "".join(failures) if failures else "")
+    parts = [_markdown(table[0], table[1:]) for table in (reached, costs)]
+    return "\n\n".join(parts + (["\n".join(failures)] if failures else []))
 
 
 def _percent(accuracy: Mapping[str, Any]) -> str:
