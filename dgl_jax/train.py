@@ -284,6 +284,8 @@ def choose_cuts(
     layer_costs, head_costs = cost.layer_and_head_costs(
         network, auxiliary_head, image_shape, config.train.batch_size, partition.cost
     )
+    if METHODS[config.method.name].gradients_come_down:  # No head but the network's own.
+        head_costs = [0.0] * (num_layers - 1) + head_costs[-1:]
     return balanced_cuts(layer_costs, head_costs, partition.num_blocks)
 
 
