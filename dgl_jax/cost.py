@@ -96,7 +96,7 @@ def layer_and_head_costs(
 
     Args:
       network: layers and head.
-      auxiliary_head: the head of a block that ends before the last layer.
+      auxiliary_head: the head of a block that ends before the last layer; None if it has none.
       image_shape: the shape of one example.
       batch_size: of the measurement; has no effect on ``flops``.
       kind: ``flops`` (forward, one example) or ``time`` (seconds of a training pass, forward
@@ -120,7 +120,8 @@ def layer_and_head_costs(
         is_last = place == len(network.layers) - 1
         layer_costs.append(measure(layer, x))
         x = _output_shape(layer, x)
-        head_costs.append(measure(network.head if is_last else auxiliary_head, x))
+        head = network.head if is_last else auxiliary_head
+        head_costs.append(0.0 if head is None else measure(head, x))
     return layer_costs, head_costs
 
 

@@ -308,8 +308,12 @@ def choose_cuts(
         return uniform_cuts(num_layers, partition.num_blocks)
     if partition.strategy == "per_layer":
         return per_layer_cuts(num_layers)
+    if partition.num_blocks == 1:
+        return ()
+    # What the method puts at a cut: a head, a synthesizer, or nothing.
+    (block, *_) = METHODS[config.method.name].make_blocks(network, (0,), auxiliary_head, None)
     layer_costs, head_costs = cost.layer_and_head_costs(
-        network, auxiliary_head, image_shape, config.train.batch_size, partition.cost
+        network, block.head, image_shape, config.train.batch_size, partition.cost
     )
     return balanced_cuts(layer_costs, head_costs, partition.num_blocks)
 

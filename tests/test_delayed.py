@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgl_jax import checkpoint
+from dgl_jax import checkpoint, cost
 from dgl_jax.config import (
     Config,
     LossConfig,
     MethodConfig,
     OptimizerConfig,
+    PartitionConfig,
     PlacementConfig,
     TrainConfig,
 )
@@ -32,6 +33,7 @@ from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements
 from dgl_jax.schedule import BACKWARD, FORWARD, UPDATE
+from dgl_jax.train import choose_cuts
 from dgl_jax.types import Batch, TrainState
 
 _LEARNING_RATE, _MOMENTUM, _DECAY = 0.05, 0.9, 1e-2
@@ -486,6 +488,17 @@ def test_all_devices_work_all_the_time(num_blocks, num_devices, expected):
 
 def test_they_would_not_if_forward_and_backward_were_one_program():
     assert _seconds_a_step(4, 4, is_one_program=True) > 5
+
+
+def test_balanced_cuts_count_no_auxiliary_heads(small_network, small_head, monkeypatch):
+    def costs(network, head, *args):
+        return [1.0] * 4, [0.0] * 4 if head is None else [0.0, 9.0, 9.0, 0.0]
+
+    monkeypatch.setattr(cost, "layer_and_head_costs", costs)
+    partition = PartitionConfig(strategy="balanced", num_blocks=2)
+    for name, cuts in (("dgl", (0,)), ("ddg", (1,)), ("features_replay", (1,))):
+        config = Config(method=MethodConfig(name=name), partition=partition)
+        assert choose_cuts(config, small_network, small_head, (6, 6, 2)) == cuts
 
 
 # ---- From the command line.
