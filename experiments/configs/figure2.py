@@ -18,8 +18,8 @@ synthesizer's body.
 Known differences: one optimizer a block instead of one for all, which for Adam is the same;
 an epoch leaves out its last, partial batch. Biases start at zero.
 
-short: the embedded images, a quarter of the width, five epochs at a learning rate of 1e-3
-(3e-5 needs hundreds): a minute or two on two CPU cores.
+short: the embedded images, a quarter of the width, three epochs at a learning rate of 1e-3
+(3e-5 needs hundreds): about two minutes on two CPU cores.
 """
 
 from dgl_jax.config import default_config
@@ -56,7 +56,7 @@ def get_config(variant: str = ""):
         config.data.crop_padding = 0
         config.data.std = ()
         config.train.batch_size = 100
-        config.train.num_epochs = 5.0
+        config.train.num_epochs = 3.0
         config.optimizer.learning_rate = 1e-3
         config.eval.every_epochs = 1.0
     return config

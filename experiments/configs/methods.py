@@ -3,7 +3,7 @@
     python experiments/compare_methods.py --config=experiments/configs/methods.py --variant=short \
         --seeds=3 --workdir=runs/methods_short --out=experiments/results/methods_short.md
 
-Words: the methods in `WORDS` (full names are in WORKSPACE.md); full, short. One of them alone:
+Words: the methods in `WORDS`; full, short. One of them alone:
 
     python experiments/train.py --config=experiments/configs/methods.py:ddg,short \
         --workdir=runs/methods_ddg
@@ -12,8 +12,7 @@ full: CIFAR-10 with the network, the heads and the setting of DGL's Table 1 (50 
 Published there: dgl 91.2 %; nothing for the other methods on this network.
 
 short: the embedded images and the quickstart's network (four layers at a quarter of the width,
-MLP-aux heads, K = 4), three epochs: at most 40 seconds a run on two CPU cores. Measured:
-experiments/results/methods_short.md.
+MLP-aux heads, K = 4), three epochs: about 40 seconds a run on two CPU cores.
 
 All have the same batches, epochs of updates a block, and SGD, but for what is noted below.
 """

@@ -20,7 +20,7 @@ last, partial batch. DDG's gradients are taken at the weights of their forward p
 paper; --config.method.weights=current takes them as its code does.
 
 short: the embedded images, ResNet-18 at a quarter of its width instead of ResNet-110, three
-epochs: a few minutes on two CPU cores.
+epochs: two or three minutes on two CPU cores.
 """
 
 from dgl_jax.config import default_config
