@@ -99,6 +99,7 @@ class TrainingLog:
         steps_per_epoch: float,
         learning_rates: np.ndarray,
         totals: dict[str, float],
+        in_step: bool,
     ):
         """Args:
         writer: where lines go.
@@ -108,11 +109,12 @@ class TrainingLog:
         steps_per_epoch: to state the epoch.
         learning_rates: float [num_updates], that of each update.
         totals: sums over the whole run, gone on with; saved with a checkpoint.
+        in_step: whether every block makes one update a step, so that one learning rate is all.
         """
         self._writer, self._bar = writer, bar
         self._every_steps, self._batch_size = every_steps, batch_size
         self._steps_per_epoch, self._learning_rates = steps_per_epoch, learning_rates
-        self._totals = totals
+        self._totals, self._in_step = totals, in_step
         self._unread = collections.deque()
 
     def append(self, step: int, block_metrics: Mapping[int, Mapping[str, Any]]) -> None:
@@ -162,7 +164,7 @@ class TrainingLog:
         for (block, name), column in sorted(columns.items()):
             if name != "updates":
                 line[f"train/block_{block}/{name}"] = float(np.mean(column))
-        if set(updates.values()) == {step}:  # All blocks go in step.
+        if self._in_step:
             line["train/learning_rate"] = float(self._learning_rates[step - 1])
         else:
             for block, made in updates.items():

@@ -83,6 +83,16 @@ def init_states(
     return tuple(states)
 
 
+def activation_shapes(
+    blocks: Sequence[Block], block_states: Sequence[BlockState], images: jax.ShapeDtypeStruct
+) -> list[jax.ShapeDtypeStruct]:
+    """The shapes of what each block hands on, [B, ...], for a batch of such images."""
+    shapes = [images]
+    for block, state in zip(blocks, block_states, strict=True):
+        shapes.append(jax.eval_shape(make_block_feed(block), state, shapes[-1]))
+    return shapes[1:]
+
+
 def make_logits(blocks: Sequence[Block], placements: Sequence[BlockPlacement]) -> Logits:
     """Returns `Runner.logits`: one program where all blocks live together, else one a block."""
     evaluates = [make_block_eval(block) for block in blocks]

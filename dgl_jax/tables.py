@@ -81,7 +81,7 @@ def comparison_row(
         "auxiliary_parameters": sum(first["head_parameters"][:-1]),
         "largest_aux_flops_ratio": max(first["aux_flops_ratio"]),
         "bytes_between_blocks": sum(first["bytes_between_blocks"]),
-        "replay_buffer_bytes": sum(first.get("replay_buffer_bytes") or ()),
+        "method_memory_bytes": first["method_memory_bytes"],
         "peak_memory_bytes": over_runs(lambda run: run["peak_memory_bytes"]),
         "block_step_seconds": None
         if None in step_seconds
@@ -104,7 +104,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     costs = [
         [
             "method", "images/s", "parameters", "of heads", "largest head / largest block, FLOPs",
-            "between blocks, MiB/step", "replay, MiB", "peak memory, MiB", "step by block, ms",
+            "between blocks, MiB/step", "kept, MiB", "peak memory, MiB", "step by block, ms",
         ]
     ]  # fmt: skip
     for row in rows:
@@ -113,7 +113,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
             continue
         failed = f" ({len(row['failures'])} failed)" if row["failures"] else ""
         by_block, seconds = [_percent(block) for block in row["top1"]], row["block_step_seconds"]
-        replay, speed = row["replay_buffer_bytes"], row["train_examples_per_second"]
+        kept, speed = row["method_memory_bytes"], row["train_examples_per_second"]
         reached.append(
             [
                 row["name"],
@@ -132,7 +132,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['auxiliary_parameters']:,}",
                 f"{100 * row['largest_aux_flops_ratio']:.1f} %",
                 f"{row['bytes_between_blocks'] / _MIB:.2f}",
-                f"{replay / _MIB:.1f}" if replay else "-",
+                f"{kept / _MIB:.1f}" if kept else "-",
                 f"{row['peak_memory_bytes'] / _MIB:.0f}",
                 "-" if seconds is None else " / ".join(f"{1000 * s:.1f}" for s in seconds),
             ]

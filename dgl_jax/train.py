@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import auto as tqdm
 
-from dgl_jax import checkpoint, cost, drift, evaluation, metrics, placement, plots, replay_buffer
+from dgl_jax import checkpoint, cost, drift, evaluation, metrics, placement, plots
 from dgl_jax.auxiliary import head_for_loss, make_auxiliary
 from dgl_jax.config import Config, check_same_run, to_dict
 from dgl_jax.data import Dataset, load_dataset
@@ -26,7 +26,7 @@ from dgl_jax.models import check_image_shape, make_network
 from dgl_jax.models.network import Network
 from dgl_jax.optim import make_optimizer, make_schedule
 from dgl_jax.partition import balanced_cuts, explicit_cuts, per_layer_cuts, uniform_cuts
-from dgl_jax.pipeline import init_states
+from dgl_jax.pipeline import activation_shapes, init_states
 from dgl_jax.schedule import BACKWARD, UPDATE
 from dgl_jax.types import TrainState
 
@@ -163,6 +163,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         steps_per_epoch=epoch_steps,
         learning_rates=np.asarray(jax.vmap(learning_rate)(jnp.arange(num_updates))),
         totals=record["totals"],
+        in_step=num_steps == num_updates,
     )
 
     splits = ("test", "validation") if dataset.num_validation else ("test",)
@@ -197,6 +198,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         stack.enter_context(checkpointer)
         stack.enter_context(jax.transfer_guard("disallow"))
         for tasks in schedule.tasks(step):
+            step_start, compiled = time.perf_counter(), metrics.compile_seconds()
             try:
                 state, step_metrics = runner.step(state, tasks, dataset.batch_at)
             except WorkerError:  # What all blocks have done is kept.
@@ -209,7 +211,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
                 if task.operation in (UPDATE, BACKWARD) and task.block in step_metrics:
                     step_metrics[task.block]["updates"] = task.turn + 1
             log.append(step, step_metrics)
-            if clock is None:  # Timing starts when the step that compiles is done.
+            if clock is None or metrics.compile_seconds() > compiled:
+                # A step that compiles is not timed; sequential has one for every block.
+                if clock is not None:
+                    record["train_seconds"] += step_start - clock
+                    record["timed_steps"] += step - 1 - clock_step
                 jax.block_until_ready(step_metrics)
                 clock, clock_step = time.perf_counter(), step
             is_eval = step % eval_every == 0 or step == num_steps
@@ -228,6 +234,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             results = evaluate_all(step)
         checkpointer.wait()
         best_step = checkpoint.best_step(checkpointer)
+        runner.close()  # No worker reads the stream any more.
         batch = dataset.batch_at(0) if config.eval.time_blocks else None
 
     # ---- What came of it.
@@ -235,16 +242,16 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     costs = cost.block_costs(blocks, dataset.image_shape)
     step_seconds = None
     if batch is not None:
-        works = [method.make_block_work(block, optimizer) for block in blocks]
+        works = [method.make_block_work(config, block, optimizer) for block in blocks]
         step_seconds = cost.block_step_seconds(blocks, works, state.blocks, batch, placements)
-    # Activations go up; where a method says so, gradients of their size come down.
-    directions = 2 if method.gradients_come_down else 1
     summary = {
         "finished": True,
         "method": config.method.name,
         "dataset": config.data.name,
         "network": config.network.name,
-        "auxiliary": config.auxiliary.name,
+        "auxiliary": config.auxiliary.name
+        if any(b.head is not None for b in blocks[:-1])
+        else None,
         "num_blocks": num_blocks,
         "cuts": list(cuts),
         "placement": config.placement.kind,
@@ -276,7 +283,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "head_parameters": [block.head_parameters for block in costs],
         "parameters": sum(block.layers_parameters + block.head_parameters for block in costs),
         "bytes_between_blocks": [
-            directions * batch_size * block.activation_bytes for block in costs[:-1]
+            method.bytes_between(config, x)
+            for x in activation_shapes(blocks, state.blocks, images)[:-1]
         ],
         "method_memory_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.memory)),
         "block_step_seconds": step_seconds,
@@ -285,9 +293,6 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "device_kind": placements[0].devices[0].device_kind,
         "num_devices": len({device for where in placements for device in where.devices}),
     }
-    if config.method.name in ("async_dgl", "async_dgl_parallel"):
-        buffers = state.memory["buffers"] if isinstance(state.memory, dict) else state.memory
-        summary["replay_buffer_bytes"] = [replay_buffer.nbytes(buffer) for buffer in buffers]
     if config.eval.log_drift:
         drift.write_drift(workdir)
     plots.plot_run(workdir, summary)

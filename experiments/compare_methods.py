@@ -163,7 +163,8 @@ def _about_text(about: Mapping[str, Any]) -> str:
         f"flax {about['flax']}, optax {about['optax']}; device: {about['device_kind']}, "
         f"{about['cores']} cores; {about['date']}.\n\n"
         "Parameters are the network's without the auxiliary heads, whose own are in the next "
-        "column. Memory is the process's peak on a CPU, the device's elsewhere. A step by block "
+        "column. Kept is what a method keeps between steps: replay buffers, delayed gradients. "
+        "Memory is the process's peak on a CPU, the device's elsewhere. A step by block "
         "is each block's work alone on one batch. Dashes: does not apply.\n\n"
         f"    {about['command']}"
     )

@@ -599,7 +599,8 @@ def test_from_the_command_line(tmp_path):
     assert summary["method"] == "async_dgl" and summary["updates_per_block"] == 60
     assert summary["steps"] > 3 * 60 - 30  # The slowed block's 60, and two turns of the other each.
     assert min(summary["test_top1"]) > 0.4  # Chance is 0.1.
-    assert summary["replay_buffer_bytes"] == [8 * (100 * 14 * 14 * 16 * 4 + 100 * 4)]
+    assert summary["method_memory_bytes"] == 8 * (100 * 14 * 14 * 16 * 4 + 100 * 4)
+    assert summary["bytes_between_blocks"] == [100 * 14 * 14 * 16 * 4 + 100 * 4]
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert not any("train/block_0/age" in line for line in lines)
     ages = [line["train/block_1/age"] for line in lines if "train/block_1/age" in line]

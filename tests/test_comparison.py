@@ -28,6 +28,7 @@ def _summary(seed, top1, **fields):
         "head_parameters": [1000, 30],
         "aux_flops_ratio": [0.25, 0.0],
         "bytes_between_blocks": [2**20],
+        "method_memory_bytes": 0,
         "peak_memory_bytes": 2**21 * (seed + 1),
         "block_step_seconds": [0.001, 0.003 + 0.002 * seed],
     } | fields
@@ -42,12 +43,12 @@ def test_a_row_is_the_mean_and_sample_deviation_over_seeds():
     assert row["largest_aux_flops_ratio"] == 0.25
     assert row["train_examples_per_second"] == 150 and row["peak_memory_bytes"] == 3 * 2**20
     assert row["block_step_seconds"] == pytest.approx([0.001, 0.004])
-    assert row["replay_buffer_bytes"] == 0
+    assert row["method_memory_bytes"] == 0
     json.dumps(row)
 
 
 def test_the_table_says_what_failed_and_what_does_not_apply():
-    replay = {"replay_buffer_bytes": [2**20, 2**21], "block_step_seconds": None}
+    replay = {"method_memory_bytes": 3 * 2**20, "block_step_seconds": None}
     rows = [
         comparison_row("one", [_summary(0, 0.80), _summary(1, 0.84)], {2: "out of memory"}),
         comparison_row("two", [_summary(0, 0.9, **replay)], {}),
@@ -64,7 +65,7 @@ def test_the_table_says_what_failed_and_what_does_not_apply():
     one, two, three = read["one"], read["two"], read["three"]
     assert one["last block, %"] == "82.00 ± 2.83 (1 failed)"
     assert one["each block that classifies, %"] == "50.00 ± 0.00 / 82.00 ± 2.83"
-    assert one["replay, MiB"] == "-" and two["replay, MiB"] == "3.0"
+    assert one["kept, MiB"] == "-" and two["kept, MiB"] == "3.0"
     assert one["step by block, ms"] == "1.0 / 4.0" and two["step by block, ms"] == "-"
     assert two["last block, %"] == "90.00" and three["last block, %"] == "failed"
     assert failures == "- one, seed 2: failed: out of memory\n- three, seed 0: failed: diverged"

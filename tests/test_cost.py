@@ -6,7 +6,7 @@ import pytest
 
 from dgl_jax import cost
 from dgl_jax.auxiliary import SimilarityHead
-from dgl_jax.config import LossConfig, OptimizerConfig, PlacementConfig
+from dgl_jax.config import Config, LossConfig, OptimizerConfig, PlacementConfig
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods import METHODS
 from dgl_jax.models.network import Network
@@ -74,7 +74,7 @@ def test_every_blocks_work_is_timed_where_it_lives(small_network, small_head, sm
     calls = []
 
     def make_work(block):
-        step = METHODS["dgl"].make_block_work(block, optimizer)
+        step = METHODS["dgl"].make_block_work(Config(), block, optimizer)
 
         def work(state, x, labels, key):
             calls.append(block.index)  # Once: when it is traced.

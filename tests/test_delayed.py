@@ -408,7 +408,7 @@ def test_the_work_of_a_block_is_what_its_two_programs_do(small_network, small_ba
     optimizer = make_optimizer(_OPTIMIZER, num_steps=20, steps_per_epoch=5)
     key, images = jax.random.key(0), small_batches[0].images
     state = _initial_states(blocks, "float32")[0]
-    work = jax.jit(method.make_block_work(blocks[0], optimizer))
+    work = jax.jit(method.make_block_work(Config(), blocks[0], optimizer))
     args = (state, images, small_batches[0].labels, key)
     assert int(work(*args)[0].step) == 1
     convolutions = work.lower(*args).compile().as_text().count(" convolution(")

@@ -321,7 +321,7 @@ def test_bfloat16_activations_get_bfloat16_gradients(small_batches):
     states = _draw_state(blocks, optimizer, np.float32).blocks
     key, labels, x = jax.random.key(0), small_batches[0].labels, small_batches[0].images
     for block, state in zip(blocks, states):
-        work = METHODS["cdni"].make_block_work(block, optimizer)
+        work = METHODS["cdni"].make_block_work(Config(), block, optimizer)
         after, x, _ = jax.eval_shape(work, state, x, labels, key)
         assert x.dtype == jnp.bfloat16
         same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, state)

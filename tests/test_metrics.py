@@ -15,7 +15,7 @@ class _Bar:
         self.text = text
 
 
-def _log(tmp_path, totals):
+def _log(tmp_path, totals, in_step=False):
     writer = MetricsWriter(str(tmp_path), first_step=0)
     log = TrainingLog(
         writer,
@@ -25,6 +25,7 @@ def _log(tmp_path, totals):
         steps_per_epoch=6.0,
         learning_rates=np.array([0.5, 0.25, 0.125]),
         totals=totals,
+        in_step=in_step,
     )
     return log, writer
 
@@ -58,7 +59,7 @@ def test_blocks_out_of_step_have_their_own_updates_and_learning_rates(tmp_path):
 
 
 def test_blocks_in_step_have_one_learning_rate(tmp_path):
-    log, writer = _log(tmp_path, {})
+    log, writer = _log(tmp_path, {}, in_step=True)
     for step in (1, 2):
         log.append(step, {block: {"loss": 1.0, "updates": step} for block in (0, 1)})
     log.flush()
@@ -74,3 +75,12 @@ def test_a_loss_that_is_not_finite_is_told_with_its_block(tmp_path):
     with pytest.raises(UserError, match="block_2/loss=nan"):
         log.flush()
     writer.close()
+
+
+def test_a_block_that_is_alone_so_far_is_not_in_step(tmp_path):
+    log, writer = _log(tmp_path, {})
+    log.append(1, {0: {"loss": 1.0, "updates": 1}})
+    log.flush()
+    writer.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["train/block_0/updates"] == 1 and "train/learning_rate" not in line

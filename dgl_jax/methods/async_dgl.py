@@ -20,7 +20,7 @@ from dgl_jax.block import Block, make_block_feed, make_block_step
 from dgl_jax.config import Config, ReplayConfig
 from dgl_jax.errors import UserError
 from dgl_jax.methods import dgl
-from dgl_jax.pipeline import Runner, bound_in_flight, make_logits
+from dgl_jax.pipeline import Runner, activation_shapes, bound_in_flight, make_logits
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.replay import Event, PlanConfig, plan, slowed_pmf
 from dgl_jax.schedule import FEED, UPDATE, Schedule
@@ -197,10 +197,8 @@ def make_runner(
         return state, {block: metrics}
 
     def init_memory(block_states: Sequence[BlockState], images: jax.ShapeDtypeStruct) -> Any:
-        shapes = [images]
-        for block, block_state in zip(blocks, block_states):
-            shapes.append(jax.eval_shape(make_block_feed(block), block_state, shapes[-1]))
-        return replay_buffer.init_buffers(shapes[1:-1], config.replay, placement)
+        shapes = activation_shapes(blocks, block_states, images)
+        return replay_buffer.init_buffers(shapes[:-1], config.replay, placement)
 
     return Runner(
         step=bound_in_flight(step, config.placement.max_steps_in_flight),
@@ -209,4 +207,12 @@ def make_runner(
     )
 
 
-METHOD = dataclasses.replace(dgl.METHOD, make_schedule=make_schedule, make_runner=make_runner)
+def bytes_between(config: Config, activations: jax.ShapeDtypeStruct) -> int:
+    """A mini-batch as it is stored, with its labels."""
+    buffer = replay_buffer.buffer_shapes(activations, config.replay)
+    return replay_buffer.nbytes(buffer) // config.replay.buffer_size
+
+
+METHOD = dataclasses.replace(
+    dgl.METHOD, make_schedule=make_schedule, make_runner=make_runner, bytes_between=bytes_between
+)

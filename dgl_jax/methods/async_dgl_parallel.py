@@ -16,8 +16,8 @@ import optax
 from dgl_jax.block import Block, make_block_feed, make_block_step
 from dgl_jax.config import Config
 from dgl_jax.errors import UserError
-from dgl_jax.methods import dgl
-from dgl_jax.pipeline import BatchAt, Runner, make_logits
+from dgl_jax.methods import async_dgl
+from dgl_jax.pipeline import BatchAt, Runner, activation_shapes, make_logits
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.replay_buffer import check_memory, decode, encode
 from dgl_jax.schedule import Schedule
@@ -80,12 +80,17 @@ def _make_work(config, block, optimizer, key, placement, *, has_buffer: bool) ->
     def encode_outputs(activations):
         return encode(activations, dtype) if has_buffer else {}
 
+    def decode_inputs(inputs):
+        x = decode(inputs["activations"])
+        # As if it had come from the layer below; images stay float32.
+        return x.astype(config.network.dtype) if block.index else x
+
     def update_program(state, inputs, key):
-        output = step(state, decode(inputs["activations"]), inputs["labels"], key)
+        output = step(state, decode_inputs(inputs), inputs["labels"], key)
         return output.state, encode_outputs(output.activations), output.metrics
 
     def feed_program(state, inputs):
-        return encode_outputs(feed(state, decode(inputs["activations"])))
+        return encode_outputs(feed(state, decode_inputs(inputs)))
 
     names = ("x", "scale") if dtype == "int8" else ("x",)
     outputs = _shardings(placement, names) if has_buffer else {}
@@ -220,13 +225,11 @@ def make_runner(
         }
 
     def init_memory(block_states, images):
-        activations = [images]
-        for block, state in zip(blocks[:-1], block_states):
-            activations.append(jax.eval_shape(make_block_feed(block), state, activations[-1]))
+        *activations, _ = activation_shapes(blocks, block_states, images)
         devices = {device for placement in placements for device in placement.devices}
-        check_memory(activations[1:], replay, list(devices))
+        check_memory(activations, replay, list(devices))
         buffers = []
-        for x, placement in zip(activations[1:], placements):
+        for x, placement in zip(activations, placements):
             shapes = jax.eval_shape(lambda x: encode(x, replay.buffer_dtype), x)
             labels = jax.ShapeDtypeStruct(images.shape[:1], jnp.int32)
             slot = jax.device_put(
@@ -266,4 +269,4 @@ def make_runner(
     return Runner(step, make_logits(blocks, placements), init_memory, snapshot, close)
 
 
-METHOD = dataclasses.replace(dgl.METHOD, make_schedule=make_schedule, make_runner=make_runner)
+METHOD = dataclasses.replace(async_dgl.METHOD, make_schedule=make_schedule, make_runner=make_runner)

@@ -8,7 +8,6 @@ exactly backprop's at the weights of step s; only its use is late:
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from dgl_jax.delayed import DelayedRule
 from dgl_jax.errors import UserError
 from dgl_jax.losses import LossFn
 from dgl_jax.methods import dgl
-from dgl_jax.methods.method import Method
+from dgl_jax.methods.method import Method, both_ways_bytes
 from dgl_jax.models.network import Network, apply_module
 from dgl_jax.pipeline import Runner
 from dgl_jax.schedule import Schedule
@@ -97,6 +96,7 @@ def backward_current(
 
 STALE = DelayedRule(forward_stale, backward_stale)
 CURRENT = DelayedRule(forward_current, backward_current)
+RULES = {"stale": STALE, "current": CURRENT}
 
 
 def make_blocks(
@@ -141,7 +141,7 @@ def make_runner(
 
     BatchNorm's running statistics move once a batch, in the forward pass.
     """
-    rule = {"stale": STALE, "current": CURRENT}[config.method.weights]
+    rule = RULES[config.method.weights]
     return delayed.make_runner(config, blocks, optimizer, key, placements, rule)
 
 
@@ -158,7 +158,11 @@ def _apply_layer(
     )
 
 
-# Stale weights are what is timed; this method's work with current ones is Features Replay's.
-make_block_work: Callable[..., Any] = functools.partial(delayed.make_block_work, rule=STALE)
+def make_block_work(
+    config: Config, block: Block, optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
+    """A forward and a backward pass, by the rule that ``config.method.weights`` asks for."""
+    return delayed.make_block_work(block, optimizer, RULES[config.method.weights])
 
-METHOD = Method(make_blocks, make_schedule, make_runner, make_block_work, gradients_come_down=True)
+
+METHOD = Method(make_blocks, make_schedule, make_runner, make_block_work, both_ways_bytes)

@@ -7,8 +7,10 @@ that the block below computed in the same step, before its update. Nothing flows
 from collections.abc import Sequence
 from typing import Any
 
+import optax
+
 from dgl_jax import schedule
-from dgl_jax.block import Block, make_block_step
+from dgl_jax.block import Block, BlockStep, make_block_step
 from dgl_jax.config import Config
 from dgl_jax.losses import LossFn
 from dgl_jax.methods.method import Method
@@ -64,4 +66,12 @@ def make_schedule(
     return schedule.synchronous(num_blocks, num_updates)
 
 
-METHOD = Method(make_blocks, make_schedule, make_runner, make_block_step)
+def make_block_work(
+    config: Config, block: Block, optimizer: optax.GradientTransformation
+) -> BlockStep:
+    """The block's update."""
+    del config
+    return make_block_step(block, optimizer)
+
+
+METHOD = Method(make_blocks, make_schedule, make_runner, make_block_work)

@@ -20,7 +20,7 @@ from dgl_jax.block import Block, apply_gradients, forward, forward_layers
 from dgl_jax.config import Config
 from dgl_jax.losses import LossFn, logits_of
 from dgl_jax.methods import dgl
-from dgl_jax.methods.method import Method
+from dgl_jax.methods.method import Method, both_ways_bytes
 from dgl_jax.models.network import Network, apply_module
 from dgl_jax.pipeline import Runner, bound_in_flight, make_logits
 from dgl_jax.placement import BlockPlacement
@@ -210,9 +210,10 @@ def make_runner(
 
 
 def make_block_work(
-    block: Block, optimizer: optax.GradientTransformation
+    config: Config, block: Block, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[BlockState, jax.Array, jax.Array | None]]:
     """Returns a block's work of one step; its target is zero, which costs the same to learn."""
+    del config
     run = make_block_pass(block, optimizer)
 
     def work(state: BlockState, x: jax.Array, labels: jax.Array, key: jax.Array):
@@ -236,7 +237,7 @@ def _method(conditioned: bool) -> Method:
         dgl.make_schedule,
         make_runner,
         make_block_work,
-        gradients_come_down=True,
+        both_ways_bytes,
     )
 
 

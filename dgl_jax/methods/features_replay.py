@@ -6,8 +6,7 @@ schedule and delays are DDG's.
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,8 +66,12 @@ def make_runner(
     return delayed.make_runner(config, blocks, optimizer, key, placements, RULE)
 
 
-METHOD = dataclasses.replace(
-    ddg.METHOD,
-    make_runner=make_runner,
-    make_block_work=functools.partial(delayed.make_block_work, rule=RULE),
-)
+def make_block_work(
+    config: Config, block: Block, optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
+    """A forward pass, its replay and the backward pass."""
+    del config
+    return delayed.make_block_work(block, optimizer, RULE)
+
+
+METHOD = dataclasses.replace(ddg.METHOD, make_runner=make_runner, make_block_work=make_block_work)

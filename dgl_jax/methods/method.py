@@ -1,17 +1,26 @@
-"""What a training method is: blocks with their objectives, a schedule, and a way to run them."""
+"""What a training method is: blocks with their objectives, a schedule, a way to run them."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from dgl_jax.block import Block
+from dgl_jax.config import Config
 from dgl_jax.pipeline import Runner
 from dgl_jax.schedule import Schedule
 
 
+def activation_bytes(config: Config, activations: jax.ShapeDtypeStruct) -> int:
+    """What a block sends the next in a step, where it is the activations as they are."""
+    del config
+    return activations.size * activations.dtype.itemsize
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A training algorithm: four functions.
+    """A training algorithm, in functions.
 
     Attributes:
       make_blocks: ``(network, cuts, auxiliary_head, loss_fn) -> blocks``: what learns, and from
@@ -21,13 +30,19 @@ class Method:
         block does what, in which order.
       make_runner: ``(config, blocks, optimizer, key, placements) -> Runner``: how the tasks run
         on devices.
-      make_block_work: ``(block, optimizer) -> work(state, x, labels, key)``: all that a block
-        computes in one step, as a pure function; to measure its time.
-      gradients_come_down: whether blocks send each other gradients too.
+      make_block_work: ``(config, block, optimizer) -> work(state, x, labels, key)``: what a
+        block computes for one update, as a pure function; to measure its time.
+      bytes_between: ``(config, activations) -> bytes`` that two neighbours send each other in a
+        step, both ways together, of a mini-batch of activations of that shape.
     """
 
     make_blocks: Callable[..., tuple[Block, ...]]
     make_schedule: Callable[..., Schedule]
     make_runner: Callable[..., Runner]
     make_block_work: Callable[..., Callable[..., Any]]
-    gradients_come_down: bool = False
+    bytes_between: Callable[[Config, jax.ShapeDtypeStruct], int] = activation_bytes
+
+
+def both_ways_bytes(config: Config, activations: jax.ShapeDtypeStruct) -> int:
+    """`Method.bytes_between` where a gradient comes down for the activations that go up."""
+    return 2 * activation_bytes(config, activations)

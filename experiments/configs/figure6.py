@@ -49,6 +49,7 @@ def get_config(variant: str = ""):
     config.data.std = DGL_CIFAR10_STD
     config.train.batch_size = 128
     config.train.num_epochs = 50.0
+    config.eval.every_epochs = 5.0  # A checkpoint holds the buffers: 10 GiB at M = 50.
     config.optimizer.learning_rate = 0.1
     config.optimizer.momentum = 0.9
     config.optimizer.weight_decay = 5e-4
@@ -62,5 +63,6 @@ def get_config(variant: str = ""):
         config.data.crop_padding = 0
         config.data.std = ()
         config.train.num_epochs = 3.0
+        config.eval.every_epochs = 1.0
         config.optimizer.drop_epochs = (0.9, 1.8, 2.7)
     return config

@@ -85,7 +85,7 @@ def get_config(variant: str = ""):
     elif method == "async_dgl_parallel":
         config.method.name = method
         config.placement.kind = "pipelined"
-        config.placement.num_devices = 2  # A machine of two cores, or two GPUs.
+        config.placement.num_devices = 2 if is_short else 0  # Two cores; or what GPUs there are.
     elif method.startswith("async_dgl"):
         config.method.name = "async_dgl"
         config.replay.buffer_dtype = method.removeprefix("async_dgl").strip("_") or "float32"
