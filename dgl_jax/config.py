@@ -100,10 +100,11 @@ class LossConfig:
 
     # cross_entropy (PredSim's "pred"), sim (similarity matching), or predsim (both, weighted).
     name: str = "cross_entropy"
-    # A loss for each block but the last, to differ from one block to the next; empty: `name`.
+    # Instead of `name`, a loss for each block but the last.
     per_block: tuple[str, ...] = ()
     # predsim: the weight of sim; the cross-entropy has the rest.
     similarity_weight: float = 0.99
+    # Of the cross-entropy's targets.
     label_smoothing: float = 0.0
 
 
@@ -476,6 +477,11 @@ def _check_method(config: Config) -> None:
             f"config.placement.kind={kind} is not for config.method.name={method.name}; "
             f"set config.placement.kind={wanted[method.name]}"
         )
+    if config.replay.max_reuse == 1:
+        raise UserError(
+            "config.replay.max_reuse=1 must be at least 2, as writing a batch counts as its first "
+            "use; try 2 (each batch is read once) or 0 (no limit)"
+        )
     if method.name == "async_dgl_parallel":
         for field in ("order", "pmf", "warm_up", "accounting"):
             value = getattr(config.replay, field)
@@ -484,11 +490,6 @@ def _check_method(config: Config) -> None:
                     f"config.replay.{field}={value} is used by async_dgl only: the workers of "
                     f"{method.name} draw no blocks; leave it out"
                 )
-        if config.replay.max_reuse == 1:
-            raise UserError(
-                "config.replay.max_reuse=1 must be 0 (no limit) or at least 2, as writing a "
-                "batch counts as its first use"
-            )
         # Programs over several devices that two threads start on the same devices, in whatever
         # order, can wait for each other for ever; and evaluation is a thread too.
         if config.placement.data_parallel > 1:
@@ -504,7 +505,13 @@ def _check_method(config: Config) -> None:
                 f"{', '.join(_LOSSES)}"
             )
     has_local_losses = method.name in ("dgl", "sequential", "async_dgl", "async_dgl_parallel")
-    matching = [name for name in (loss.name, *loss.per_block) if name in ("sim", "predsim")]
+    names = loss.per_block or (loss.name,)
+    matching = [name for name in names if name in ("sim", "predsim")]
+    if loss.per_block and loss.name != LossConfig.name:
+        raise UserError(
+            f"config.loss.name={loss.name} is not used with config.loss.per_block="
+            f"{loss.per_block}; leave one of them out"
+        )
     if matching:
         if not has_local_losses:
             raise UserError(

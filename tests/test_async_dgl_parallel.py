@@ -433,10 +433,14 @@ def test_an_interrupt_ends_the_wait_and_close_ends_the_threads():
     is_freed = threading.Event()
     running = _start([lambda turn: is_freed.wait(60), lambda turn: turn])
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        running.next_event()
-    timer.join()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist ignores it.
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            running.next_event()
+        timer.join()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     is_freed.set()
     running.close()
     assert not any(thread.is_alive() for thread in running._threads)
@@ -574,7 +578,7 @@ def test_a_run_whose_worker_fails_goes_on_with_the_same_command(arrays_path, tmp
         ({"placement__kind": "fused"}, "set config.placement.kind=pipelined"),
         ({"placement__data_parallel": 2}, "config.placement.data_parallel=2 is not for"),
         ({"replay__warm_up": "none"}, "config.replay.warm_up=none is used by async_dgl only"),
-        ({"replay__max_reuse": 1}, "config.replay.max_reuse=1 must be 0 .* or at least 2"),
+        ({"replay__max_reuse": 1}, "config.replay.max_reuse=1 must be at least 2"),
     ],
 )
 def test_mistakes(arrays_path, fields, message):

@@ -43,6 +43,8 @@ def get_config(variant: str = ""):
     scale = config.train.num_epochs / 50
     config.optimizer.drop_epochs = (15 * scale, 30 * scale, 45 * scale)
     config.optimizer.drop_factor = 0.2
+    if method == "sequential":
+        config.eval.every_epochs = 0.25  # One block learns at a time: once in each of its epochs.
     if budget == "short":
         config.network.width_factor = 0.25
         config.data.name = "embedded"
