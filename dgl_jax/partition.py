@@ -40,7 +40,7 @@ def uniform_cuts(num_layers: int, num_blocks: int) -> tuple[int, ...]:
     Raises:
       UserError: if K is not within 1..L.
     """
-    _check_num_blocks(num_layers, num_blocks)
+    check_num_blocks(num_layers, num_blocks)
     return tuple(k * num_layers // num_blocks - 1 for k in range(1, num_blocks))
 
 
@@ -69,7 +69,7 @@ def balanced_cuts(
       UserError: if K is not within 1..L.
     """
     num_layers = len(layer_costs)
-    _check_num_blocks(num_layers, num_blocks)
+    check_num_blocks(num_layers, num_blocks)
     prefix = [0.0]
     for cost in layer_costs:
         prefix.append(prefix[-1] + cost)
@@ -107,7 +107,8 @@ def block_ranges(num_layers: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def _check_num_blocks(num_layers: int, num_blocks: int) -> None:
+def check_num_blocks(num_layers: int, num_blocks: int) -> None:
+    """Raises UserError unless K is within 1..L."""
     if not 1 <= num_blocks <= num_layers:
         raise UserError(
             f"partition.num_blocks={num_blocks} must be between 1 and the network's "

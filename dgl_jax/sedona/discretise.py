@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 from dgl_jax.errors import UserError
+from dgl_jax.partition import check_num_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def discretise(
     Source: SEDONA, the released code's rule for a given K.
     Deviation: none.
     """
-    _check_num_blocks(num_blocks, len(alpha) + 1)
+    check_num_blocks(len(alpha) + 1, num_blocks)
     probabilities = local_probabilities(alpha)
     by_probability = sorted(range(len(alpha)), key=lambda layer: -probabilities[layer])
     return _grouping(sorted(by_probability[: num_blocks - 1]), probabilities, beta)
@@ -82,7 +83,7 @@ def discretise_balanced(
     Source: ours; the paper's rule bounds nothing, so one block may hold most of the network.
     """
     num_layers = len(alpha) + 1
-    _check_num_blocks(num_blocks, num_layers)
+    check_num_blocks(num_layers, num_blocks)
     probabilities = local_probabilities(alpha)
     prefix = [0.0, *itertools.accumulate(layer_costs)]
 
@@ -123,11 +124,3 @@ def _grouping(
     taken = [probabilities[cut] for cut in cuts]
     margin = min(taken) - max(left) if taken and left else None
     return Grouping(tuple(cuts), heads, probabilities, margin)
-
-
-def _check_num_blocks(num_blocks: int, num_layers: int) -> None:
-    if not 1 <= num_blocks <= num_layers:
-        raise UserError(
-            f"partition.num_blocks={num_blocks} must be between 1 and the network's "
-            f"{num_layers} layers"
-        )
