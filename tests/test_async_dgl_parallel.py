@@ -483,24 +483,6 @@ def test_a_failure_stops_all_and_leaves_the_last_good_state(where, monkeypatch):
 # ---- Whole runs.
 
 
-@pytest.fixture(scope="module")
-def arrays_path(tmp_path_factory) -> str:
-    """Four classes of 8x8 images: a bright quarter, in noise."""
-    rng = np.random.default_rng(0)
-
-    def images(labels):
-        noise = rng.integers(0, 160, (len(labels), 8, 8))
-        for image, label in zip(noise, labels):
-            row, column = 4 * (label // 2), 4 * (label % 2)
-            image[row : row + 4, column : column + 4] += 60
-        return noise.astype(np.uint8)
-
-    y_train, y_test = np.arange(240) % 4, np.arange(48) % 4
-    path = tmp_path_factory.mktemp("data") / "arrays.npz"
-    np.savez(path, x_train=images(y_train), y_train=y_train, x_test=images(y_test), y_test=y_test)
-    return str(path)
-
-
 def _config(arrays_path, **fields):
     fields = {
         "method.name": "async_dgl_parallel",
