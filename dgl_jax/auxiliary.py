@@ -5,14 +5,17 @@ and returns logits, or more (`SimilarityHead`); all its widths follow from what 
 `Synthesizer` returns a gradient instead, and is not in the table `AUXILIARY`.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dgl_jax.config import AuxiliaryConfig
 from dgl_jax.errors import UserError
 from dgl_jax.models.layers import (
     Conv,
@@ -287,46 +290,140 @@ def _convolutions(x: jax.Array, count: int, kernel: int, train: bool, dtype) -> 
     return x
 
 
+class SepConvAux(nn.Module):
+    """SEDONA's candidate of a given depth: logits [B, num_classes] from [B, H, W, C].
+
+    With p = C / reduction: Conv 1x1 of C to p, BatchNorm, ReLU, depthwise Conv 3x3 of stride 2,
+    BatchNorm, ReLU; ``depth - 1`` inverted residuals, which widen by `reduction` inside, the
+    second of stride 2 and to p + p/2 channels; Conv 1x1 to `features`, BatchNorm, ReLU; global
+    average pool, Linear. Weights start from He's normal distribution.
+
+    Source: SEDONA's released code; the search chooses among depths 1 to 4.
+    Deviation: none.
+
+    Attributes:
+      num_classes: the output's width.
+      depth: 1 to 4.
+      features: the channels that are pooled; 512 on networks of a quarter of the usual width
+        (CIFAR-10), 2048 on those of full width.
+      reduction: 4; 1 for networks of basic blocks (ResNet-18 and 34).
+      dtype: of the computation; None for the promoted dtype of input and parameters.
+    """
+
+    num_classes: int
+    depth: int
+    features: int = 512
+    reduction: int = 4
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        _check_map(f"sepconv_{self.depth}", x)
+        width = max(1, x.shape[-1] // self.reduction)
+        x = nn.relu(self._pointwise(x, width, train))
+        x = nn.relu(self._depthwise(x, 2, train))
+        for index in range(self.depth - 1):
+            stride = 2 if index == 1 else 1
+            width += width // 2 if index == 1 else 0
+            y = nn.relu(self._pointwise(x, self.reduction * x.shape[-1], train))
+            y = nn.relu(self._depthwise(y, stride, train))
+            y = self._pointwise(y, width, train)
+            x = y if stride == 2 else x + y
+        x = nn.relu(self._pointwise(x, self.features, train))
+        x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.num_classes, kernel_init=_he_normal, dtype=self.dtype)(x)
+
+    def _pointwise(self, x: jax.Array, features: int, train: bool) -> jax.Array:
+        convolution = Conv(
+            features, (1, 1), use_bias=False, kernel_init=_he_normal, dtype=self.dtype
+        )
+        return batch_norm(train, self.dtype)(convolution(x))
+
+    def _depthwise(self, x: jax.Array, stride: int, train: bool) -> jax.Array:
+        convolution = Conv(
+            x.shape[-1],
+            (3, 3),
+            strides=stride,
+            padding=1,
+            feature_group_count=x.shape[-1],
+            use_bias=False,
+            kernel_init=_he_normal,
+            dtype=self.dtype,
+        )
+        return batch_norm(train, self.dtype)(convolution(x))
+
+
+_he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
 AUXILIARY = {
     "cnn": CNNAux,
     "mlp": MLPAux,
     "mlp_sr": MLPSRAux,
     "pred": PredAux,
     "synthesizer": SynthesizerAux,
+    **{f"sepconv_{depth}": functools.partial(SepConvAux, depth=depth) for depth in (1, 2, 3, 4)},
 }
 
 
-def make_auxiliary(
-    name: str, num_classes: int, *, max_hidden: int = 0, max_features: int = 2048, dtype=None
-) -> nn.Module:
+# The options of the heads' configuration, with the values that are no one's choice.
+_OPTIONS = {
+    field.name: field.default
+    for field in dataclasses.fields(AuxiliaryConfig)
+    if field.name not in ("name", "per_block")
+}
+
+
+def make_auxiliary(name: str, num_classes: int, *, dtype=None, **options: int) -> nn.Module:
     """Makes a head of the table `AUXILIARY`.
 
     Args:
       name: a key of `AUXILIARY`.
       num_classes: the logits' width.
-      max_hidden: a cap on the hidden width of the head's MLP; 0 for none.
-      max_features: a cap on what the linear layer of `PredAux` takes.
       dtype: of the computation; None for the promoted dtype of input and parameters.
+      **options: fields of `AuxiliaryConfig`: ``max_hidden``, ``max_features`` ...
 
     Returns:
       The head.
 
     Raises:
-      UserError: for an unknown name, or a cap on a head that has nothing to cap.
+      UserError: for an unknown name, or an option that the head does not have.
     """
-    if name not in AUXILIARY:
-        raise UserError(f"auxiliary.name={name} is unknown; choose one of {', '.join(AUXILIARY)}")
-    options = {"max_hidden": max_hidden} if max_hidden else {}
-    if not options.keys() <= inspect.signature(AUXILIARY[name]).parameters.keys():
-        raise UserError(
-            f"auxiliary.max_hidden={max_hidden} does not apply to auxiliary.name={name}, which "
-            "has no hidden layers; leave it at 0"
-        )
-    if max_features != 2048:
-        options["max_features"] = max_features
-        if AUXILIARY[name] is not PredAux:
+    return make_heads((name,), num_classes, dtype=dtype, **options)[0]
+
+
+def make_heads(
+    names: Sequence[str], num_classes: int, *, dtype=None, **options: int
+) -> tuple[nn.Module, ...]:
+    """Makes several heads of the table `AUXILIARY`, with the same options.
+
+    Args:
+      names: keys of `AUXILIARY`, at least one.
+      num_classes: the logits' width.
+      dtype: of the computation; None for the promoted dtype of input and parameters.
+      **options: as in `make_auxiliary`; each goes to those heads that have it.
+
+    Returns:
+      One head a name.
+
+    Raises:
+      UserError: for an unknown name, or an option that none of the heads has.
+    """
+    for name in names:
+        if name not in AUXILIARY:
             raise UserError(
-                f"auxiliary.max_features={max_features} does not apply to auxiliary.name={name}; "
-                "leave it at 2048, or set auxiliary.name=pred"
+                f"auxiliary.name={name} is unknown; choose one of {', '.join(AUXILIARY)}"
             )
-    return AUXILIARY[name](num_classes, dtype=dtype, **options)
+    has = {name: inspect.signature(AUXILIARY[name]).parameters.keys() for name in names}
+    chosen = {option: value for option, value in options.items() if value != _OPTIONS[option]}
+    for option, value in chosen.items():
+        if not any(option in parameters for parameters in has.values()):
+            raise UserError(
+                f"auxiliary.{option}={value} does not apply to auxiliary.name={', '.join(has)}; "
+                f"leave it at {_OPTIONS[option]}"
+            )
+    return tuple(
+        AUXILIARY[name](
+            num_classes, dtype=dtype, **{o: v for o, v in chosen.items() if o in has[name]}
+        )
+        for name in names
+    )

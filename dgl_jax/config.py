@@ -92,6 +92,12 @@ class AuxiliaryConfig:
     max_hidden: int = 0
     # pred: the block's output is pooled until it has no more than so many features.
     max_features: int = 2048
+    # sepconv_*: the channels before the pool (2048 on networks of full width), and by how much
+    # the block's channels are reduced (1 for networks of basic blocks).
+    features: int = 512
+    reduction: int = 4
+    # Instead of `name`, a head for each block but the last.
+    per_block: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,6 +283,8 @@ _MINIMUM = {
     "partition.num_blocks": (0, True),
     "auxiliary.max_hidden": (0, True),
     "auxiliary.max_features": (1, True),
+    "auxiliary.features": (1, True),
+    "auxiliary.reduction": (1, True),
     "loss.similarity_weight": (0, True),
     "loss.label_smoothing": (0, True),
     "optimizer.learning_rate": (0, False),

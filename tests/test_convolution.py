@@ -29,20 +29,45 @@ CASES = {
     "5x5": ((6, 7), (3, 4), (5, 5), (1, 1), ((2, 2), (2, 2))),
     "7x7_stride_2": ((11, 10), (3, 4), (7, 7), (2, 2), ((3, 3), (3, 3))),
 }
+# Of one kernel a channel.
+DEPTHWISE_CASES = {
+    "3x3": ((6, 5), (3, 3), (1, 1), ((1, 1), (1, 1))),
+    "3x3_stride_2": ((8, 7), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    "3x3_stride_2_of_one_pixel": ((1, 1), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    "3x3_same_stride_2": ((8, 7), (3, 3), (2, 2), "SAME"),
+    "2x3_stride_1_3_negative_padding": ((7, 9), (2, 3), (1, 3), ((0, 1), (-1, 2))),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_xla_to_second_order(case):
     size, (in_features, out_features), kernel_size, strides, padding = CASES[case]
+    kernel_shape = (*kernel_size, in_features, out_features)
+    _check_equals_xla((2, *size, in_features), kernel_shape, strides, padding, groups=1)
+
+
+@pytest.mark.parametrize("case", DEPTHWISE_CASES)
+def test_depthwise_equals_xla_to_second_order(case):
+    size, kernel_size, strides, padding = DEPTHWISE_CASES[case]
+    _check_equals_xla((2, *size, 3), (*kernel_size, 1, 3), strides, padding, groups=3)
+
+
+def _check_equals_xla(x_shape, kernel_shape, strides, padding, groups):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
-        x = rng.standard_normal((2, *size, in_features))
-        kernel = rng.standard_normal((*kernel_size, in_features, out_features))
+        x, kernel = rng.standard_normal(x_shape), rng.standard_normal(kernel_shape)
         x_direction, kernel_direction = rng.standard_normal(x.shape), np.cos(kernel)
 
         def values_and_gradients(convolution, x, kernel):
             def loss(x, kernel):
-                y = convolution(x, kernel, strides, padding, dimension_numbers=NHWC)
+                y = convolution(
+                    x,
+                    kernel,
+                    strides,
+                    padding,
+                    dimension_numbers=NHWC,
+                    feature_group_count=groups,
+                )
                 return jnp.sum(jnp.sin(y)), y
 
             def gradient_along_a_direction(x, kernel):
@@ -105,19 +130,21 @@ def test_layers_use_it():
     assert "custom_vjp_call" in str(program)
 
 
-def test_bfloat16_weight_gradient_sums_in_float32():
+@pytest.mark.parametrize(("kernel_size", "groups"), [(1, 1), (3, 1), (3, 2)])
+def test_bfloat16_weight_gradient_sums_in_float32(kernel_size, groups):
     # The sum over 16*16*16 = 4096 ones stops at 256 if each addition rounds to bfloat16.
-    x = jnp.ones((16, 16, 16, 1), jnp.bfloat16)
-    for kernel_size in (1, 3):
-        kernel = jnp.ones((kernel_size, kernel_size, 1, 1), jnp.bfloat16)
+    x = jnp.ones((16, 16, 16, groups), jnp.bfloat16)
+    kernel = jnp.ones((kernel_size, kernel_size, 1, groups), jnp.bfloat16)
 
-        def loss(kernel):
-            y = conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
-            return jnp.sum(y.astype(jnp.float32))
+    def loss(kernel):
+        y = conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=groups
+        )
+        return jnp.sum(y.astype(jnp.float32))
 
-        gradient = jax.grad(loss)(kernel)
-        assert gradient.dtype == jnp.bfloat16
-        assert gradient[kernel_size // 2, kernel_size // 2, 0, 0] == 16 * 16 * 16
+    gradient = jax.grad(loss)(kernel)
+    assert gradient.dtype == jnp.bfloat16
+    assert gradient[kernel_size // 2, kernel_size // 2, 0, 0] == 16 * 16 * 16
 
 
 def test_empty_output_is_xla_s():
