@@ -66,9 +66,8 @@ def init_block_state(
         layer_params.append(params)
         layer_stats.append(stats)
     last_layer = block.first_layer + len(block.layers) - 1
-    head_key = jax.random.fold_in(jax.random.fold_in(key, _HEAD_KEY), last_layer)
     head_params, head_stats = (
-        ({}, {}) if block.head is None else init_module(block.head, head_key, x)
+        ({}, {}) if block.head is None else init_module(block.head, head_key(key, last_layer), x)
     )
     params = {"layers": tuple(layer_params), "head": head_params}
     return BlockState(
@@ -77,6 +76,11 @@ def init_block_state(
         batch_stats={"layers": tuple(layer_stats), "head": head_stats},
         opt_state=optimizer.init(params),
     )
+
+
+def head_key(key: jax.Array, layer: int) -> jax.Array:
+    """The random key from which a head on top of a layer is initialised."""
+    return jax.random.fold_in(jax.random.fold_in(key, _HEAD_KEY), layer)
 
 
 def forward(
@@ -105,9 +109,9 @@ def forward(
     x, layer_stats = forward_layers(
         block, params["layers"], batch_stats["layers"], x, train=train, key=key
     )
-    head_key = None if key is None else jax.random.fold_in(key, _HEAD_KEY)
+    dropout_key = None if key is None else jax.random.fold_in(key, _HEAD_KEY)
     output, head_stats = apply_module(
-        block.head, params["head"], batch_stats["head"], x, train=train, key=head_key
+        block.head, params["head"], batch_stats["head"], x, train=train, key=dropout_key
     )
     return x, output, {"layers": layer_stats, "head": head_stats}
 

@@ -1,0 +1,244 @@
+"""The gradient of the validation loss with respect to the decision variables.
+
+The weights after T inner steps depend on the decision variables, and so does the validation
+loss at these weights. An `Estimator` says what of this dependence is kept.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dgl_jax.sedona.inner import (
+    InnerGradient,
+    blended_gradient,
+    layer_functions,
+    make_inner_step,
+    mixed_loss,
+)
+from dgl_jax.sedona.relaxation import (
+    Decisions,
+    DecisionVariables,
+    RelaxedNetwork,
+    eval_logits,
+    head_part,
+    relax,
+    with_head_parts,
+)
+from dgl_jax.types import Batch, BlockState, Metrics, Params
+
+# (network, state after T steps, losses [T, L], decisions, validation batch) -> scalar.
+Objective = Callable[..., jax.Array]
+# (variables, state, T batches, validation batch, key) -> (gradient, metrics).
+Hypergradient = Callable[..., tuple[DecisionVariables, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """A way to take the outer gradient.
+
+    Attributes:
+      inner_gradient: `blended_gradient`, or a function of the same value that is differentiated
+        otherwise.
+      objective: what the decision variables descend.
+    """
+
+    inner_gradient: InnerGradient
+    objective: Objective
+
+
+def make_hypergradient(
+    estimator: Estimator,
+    network: RelaxedNetwork,
+    optimizer: optax.GradientTransformation,
+    *,
+    remat: bool = True,
+) -> Hypergradient:
+    """Returns ``hypergradient(variables, state, batches, validation, key)``, a pure function.
+
+    Its arguments: the decision variables; the state of the weights, which is not changed; the T
+    training batches, a sequence; a validation batch; the run's random key. It returns the
+    gradient, a tree like the variables, and metrics: ``validation_loss``, ``validation_top1``
+    after the T steps, and ``loss``, the mean over the T steps of the last layer's.
+
+    Args:
+      estimator: one of `ESTIMATORS`, or a user's own.
+      network: the relaxed network.
+      optimizer: the inner optimizer; any optax transformation that can be differentiated.
+      remat: whether each inner step is computed again on the way back. Without, all T steps'
+        activations are held at once.
+
+    Source: SEDONA: T steps of SGD with momentum, then the gradient of the validation loss.
+    Deviation: none for `unrolled`.
+    """
+    inner_step = make_inner_step(network, optimizer, estimator.inner_gradient)
+
+    def hypergradient(variables, state, batches, validation, key):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
+        def objective(variables):
+            decisions = relax(variables)
+
+            def one_step(state, batch):
+                return inner_step(state, decisions, batch, key)
+
+            if remat:
+                # In a scan nothing can be merged across the boundary anyway.
+                one_step = jax.checkpoint(one_step, prevent_cse=False)
+            final, losses = jax.lax.scan(one_step, state, stacked)
+            value, metrics = validate(network, final, validation)
+            if estimator.objective is not validation_loss:
+                value = estimator.objective(network, final, losses, decisions, validation)
+            return value, metrics | {"loss": jnp.mean(losses[:, -1])}
+
+        return jax.grad(objective, has_aux=True)(variables)
+
+    return hypergradient
+
+
+def validate(
+    network: RelaxedNetwork, state: BlockState, validation: Batch
+) -> tuple[jax.Array, Metrics]:
+    """The loss of the network's own head on a batch, in evaluation mode; and metrics."""
+    logits = eval_logits(network, state.params, state.batch_stats, validation.images)
+    loss = network.loss_fn(logits, validation.labels)
+    top1 = jnp.mean(jnp.argmax(logits, axis=-1) == validation.labels)
+    return loss, {"validation_loss": loss, "validation_top1": top1}
+
+
+def validation_loss(network, state, losses, decisions, validation) -> jax.Array:
+    """The objective of the paper."""
+    del losses, decisions
+    return validate(network, state, validation)[0]
+
+
+def last_training_loss(network, state, losses, decisions, validation) -> jax.Array:
+    """The released code's objective: the mixed training loss of the last inner step."""
+    del network, state, validation
+    return mixed_loss(losses[-1], decisions)
+
+
+def first_order_gradient(
+    network: RelaxedNetwork,
+    params: Params,
+    batch_stats: Params,
+    decisions: Decisions,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[Params, Params, jax.Array]:
+    """`blended_gradient` as if it did not depend on the weights, but on the decisions alone.
+
+    So the effect of an inner step on the gradients of later ones is dropped, and with it all
+    second derivatives with respect to weights. For T = 1 nothing is.
+    """
+    params, batch_stats = jax.lax.stop_gradient((params, batch_stats))
+    return blended_gradient(network, params, batch_stats, decisions, batch, key)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def finite_difference_gradient(
+    network: RelaxedNetwork,
+    params: Params,
+    batch_stats: Params,
+    decisions: Decisions,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[Params, Params, jax.Array]:
+    """`blended_gradient`, differentiated by a central difference instead of a second derivative.
+
+    Going backwards, one needs the gradient of <v, g(theta, decisions)> for a direction v in
+    weight space, g being the blended gradient. That inner product is the derivative along v of
+    `_displaced_loss`, so its gradient is that of a difference of two losses: first derivatives
+    only. The weights are displaced by 0.01 in all.
+
+    Source: DARTS (Liu, Simonyan, Yang 2019), section 2.3, which has one step and a gradient of
+      one loss.
+    Deviation: T steps, and a blend of gradients, which is not the gradient of any loss.
+    """
+    return blended_gradient(network, params, batch_stats, decisions, batch, key)
+
+
+def _finite_difference_forward(network, *arguments):
+    return finite_difference_gradient(network, *arguments), arguments
+
+
+def _finite_difference_backward(network, residuals, cotangents):
+    params, batch_stats, decisions, batch, key = residuals
+    direction, stats_cotangent, losses_cotangent = cotangents
+    norm = optax.tree.norm(direction)
+    displacement = 0.01 / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny ** 0.5)
+
+    def along_direction(params, batch_stats, decisions):
+        (plus, minus), stats, losses = _displaced_losses(
+            network, params, batch_stats, decisions, batch, key, direction, displacement
+        )
+        return (
+            (plus - minus) / (2 * displacement)
+            + optax.tree.vdot(stats_cotangent, stats)
+            + jnp.vdot(losses_cotangent, losses)
+        )
+
+    gradients = jax.grad(along_direction, argnums=(0, 1, 2))(params, batch_stats, decisions)
+    return *gradients, None, None
+
+
+finite_difference_gradient.defvjp(_finite_difference_forward, _finite_difference_backward)
+
+
+def _displaced_losses(
+    network, params, batch_stats, decisions, batch, key, direction, displacement
+) -> tuple[list[jax.Array], Params, jax.Array]:
+    """Two sums of losses, of weights displaced by plus and minus a step along a direction.
+
+    The blended gradient weighs what goes down from layer to layer; its inner product with a
+    direction is found by weighing what goes up: of the change of h_{j-1} only the share above_j-1
+    reaches layer j, and of the loss at j only the share local_j counts. Each head's own
+    displacement counts whole, on activations that are not displaced.
+
+    Returns:
+      The two sums, and as `blended_gradient` the statistics and losses without displacement.
+    """
+    num_layers = len(network.layers)
+    signs = (1, -1)
+    sums = [jnp.zeros([])] * 2
+    layer_stats, head_stats, losses = [], [], []
+
+    def displace(params, direction, sign):
+        return jax.tree.map(
+            lambda p, d: p + (sign * displacement * d).astype(p.dtype), params, direction
+        )
+
+    h = batch.images
+    displaced = [h, h]
+    for place in range(num_layers):
+        run_layer, local_loss = layer_functions(network, place, batch_stats, decisions, batch, key)
+        if place > 0:
+            above = decisions.signal[place - 1, 1].astype(h.dtype)
+            displaced = [h + above * (g - h) for g in displaced]
+        layer, layer_direction = params["layers"][place], direction["layers"][place]
+        displaced = [
+            run_layer(displace(layer, layer_direction, sign), g)[0]
+            for sign, g in zip(signs, displaced)
+        ]
+        h, stats = run_layer(layer, h)
+        layer_stats.append(stats)
+        head, head_direction = head_part(params, place), head_part(direction, place)
+        loss, stats = local_loss(head, h)
+        losses.append(loss)
+        head_stats.append(stats)
+        local = decisions.signal[place, 0] if place < num_layers - 1 else 1.0
+        for index, sign in enumerate(signs):
+            sums[index] += local * local_loss(head, displaced[index])[0]
+            sums[index] += local_loss(displace(head, head_direction, sign), h)[0]
+    return sums, with_head_parts(layer_stats, head_stats), jnp.stack(losses)
+
+
+ESTIMATORS = {
+    "unrolled": Estimator(blended_gradient, validation_loss),
+    "first_order": Estimator(first_order_gradient, validation_loss),
+    "finite_difference": Estimator(finite_difference_gradient, validation_loss),
+    "official": Estimator(blended_gradient, last_training_loss),
+}
