@@ -15,9 +15,14 @@ import optax
 from dgl_jax.sedona.inner import (
     InnerGradient,
     blended_gradient,
+    equal_layers,
     layer_functions,
+    layer_inputs,
     make_inner_step,
     mixed_loss,
+    scan_layers,
+    stack,
+    unstack,
 )
 from dgl_jax.sedona.relaxation import (
     Decisions,
@@ -190,7 +195,7 @@ finite_difference_gradient.defvjp(_finite_difference_forward, _finite_difference
 
 def _displaced_losses(
     network, params, batch_stats, decisions, batch, key, direction, displacement
-) -> tuple[list[jax.Array], Params, jax.Array]:
+) -> tuple[jax.Array, Params, jax.Array]:
     """Two sums of losses, of weights displaced by plus and minus a step along a direction.
 
     The blended gradient weighs what goes down from layer to layer; its inner product with a
@@ -201,39 +206,38 @@ def _displaced_losses(
     Returns:
       The two sums, and as `blended_gradient` the statistics and losses without displacement.
     """
-    num_layers = len(network.layers)
-    signs = (1, -1)
-    sums = [jnp.zeros([])] * 2
-    layer_stats, head_stats, losses = [], [], []
+    runs = equal_layers(network, params, batch_stats, batch.images)
+    layers = layer_inputs(network, params, batch_stats, decisions, key)
+    directions = [
+        (direction["layers"][place], head_part(direction, place)) for place in range(len(layers))
+    ]
 
-    def displace(params, direction, sign):
-        return jax.tree.map(
-            lambda p, d: p + (sign * displacement * d).astype(p.dtype), params, direction
-        )
+    def forward(place, carry, inputs):
+        layer, (direction, head_direction) = inputs
+        run_layer, local_loss = layer_functions(network, place, layer, batch.labels)
+        h, *displaced = carry
+        h, layer_stats = run_layer(layer.params, h)
+        loss, head_stats = local_loss(layer.head_params, h)
+        local, above = layer.signal
+        next_displaced, sums = [], []
+        for sign, g in zip((1, -1), displaced):
+            step = functools.partial(_displace, displacement=sign * displacement)
+            g, _ = run_layer(step(layer.params, direction), g)
+            sums.append(
+                local * local_loss(layer.head_params, g)[0]
+                + local_loss(step(layer.head_params, head_direction), h)[0]
+            )
+            next_displaced.append(h + above.astype(h.dtype) * (g - h))
+        return (h, *next_displaced), (jnp.stack(sums), layer_stats, head_stats, loss)
 
-    h = batch.images
-    displaced = [h, h]
-    for place in range(num_layers):
-        run_layer, local_loss = layer_functions(network, place, batch_stats, decisions, batch, key)
-        if place > 0:
-            above = decisions.signal[place - 1, 1].astype(h.dtype)
-            displaced = [h + above * (g - h) for g in displaced]
-        layer, layer_direction = params["layers"][place], direction["layers"][place]
-        displaced = [
-            run_layer(displace(layer, layer_direction, sign), g)[0]
-            for sign, g in zip(signs, displaced)
-        ]
-        h, stats = run_layer(layer, h)
-        layer_stats.append(stats)
-        head, head_direction = head_part(params, place), head_part(direction, place)
-        loss, stats = local_loss(head, h)
-        losses.append(loss)
-        head_stats.append(stats)
-        local = decisions.signal[place, 0] if place < num_layers - 1 else 1.0
-        for index, sign in enumerate(signs):
-            sums[index] += local * local_loss(head, displaced[index])[0]
-            sums[index] += local_loss(displace(head, head_direction, sign), h)[0]
-    return sums, with_head_parts(layer_stats, head_stats), jnp.stack(losses)
+    x = batch.images
+    _, outputs = scan_layers(runs, forward, (x, x, x), stack(runs, list(zip(layers, directions))))
+    sums, layer_stats, head_stats, losses = zip(*unstack(runs, outputs))
+    return sum(sums), with_head_parts(layer_stats, head_stats), jnp.stack(losses)
+
+
+def _displace(params: Params, direction: Params, displacement: jax.Array) -> Params:
+    return jax.tree.map(lambda p, d: p + (displacement * d).astype(p.dtype), params, direction)
 
 
 ESTIMATORS = {
