@@ -24,7 +24,8 @@ SEDONA's code picks its best state by the accuracy on the very images that it te
 last state is tested.
 
 short: the 3,000 images of Imagenette in TFDS_DIR (imagenette/320px-v2) at 64x64, a quarter of the
-width, two epochs, in float32; 10 classes. TIME
+width, two epochs, in float32: 10 classes, and no more than that it learns. Seen on two CPU cores:
+sedona,resnet101,K=2 in 2 minutes, test accuracy of its blocks 22.7 and 16.3 %.
 """
 
 import pathlib

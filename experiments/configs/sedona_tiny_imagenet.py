@@ -21,7 +21,8 @@ Known differences: those of sedona_cifar10.py; bfloat16 instead of float16 with 
 rotations (there up to 20 degrees); nothing is held out.
 
 short: the 3,000 images of Imagenette in TFDS_DIR (imagenette/320px-v2) at 64x64, a quarter of the
-width, two epochs, in float32; 10 classes. TIME
+width, two epochs, in float32: 10 classes, and no more than that it learns. Seen on two CPU cores:
+sedona,vgg19 in 3 minutes, test accuracy of its blocks 25.9, 30.5, 30.8 and 19.3 %.
 """
 
 import pathlib
