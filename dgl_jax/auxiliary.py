@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -366,7 +366,7 @@ AUXILIARY = {
 
 
 # The options of the heads' configuration, with the values that are no one's choice.
-_OPTIONS = {
+OPTIONS = {
     field.name: field.default
     for field in dataclasses.fields(AuxiliaryConfig)
     if field.name not in ("name", "per_block")
@@ -413,13 +413,13 @@ def make_heads(
             raise UserError(
                 f"auxiliary.name={name} is unknown; choose one of {', '.join(AUXILIARY)}"
             )
-    has = {name: inspect.signature(AUXILIARY[name]).parameters.keys() for name in names}
-    chosen = {option: value for option, value in options.items() if value != _OPTIONS[option]}
+    has = {name: _options_of(name) for name in names}
+    chosen = {option: value for option, value in options.items() if value != OPTIONS[option]}
     for option, value in chosen.items():
         if not any(option in parameters for parameters in has.values()):
             raise UserError(
                 f"auxiliary.{option}={value} does not apply to auxiliary.name={', '.join(has)}; "
-                f"leave it at {_OPTIONS[option]}"
+                f"leave it at {OPTIONS[option]}"
             )
     return tuple(
         AUXILIARY[name](
@@ -427,3 +427,17 @@ def make_heads(
         )
         for name in names
     )
+
+
+def options_that_apply(names: Sequence[str], options: Mapping[str, int]) -> dict[str, int]:
+    """Those of the options that one of the heads has, for heads that no one chose by hand.
+
+    Args:
+      names: keys of `AUXILIARY`.
+      options: fields of `AuxiliaryConfig` with their values.
+    """
+    return {o: value for o, value in options.items() if any(o in _options_of(n) for n in names)}
+
+
+def _options_of(name: str) -> Collection[str]:
+    return inspect.signature(AUXILIARY[name]).parameters.keys()

@@ -73,14 +73,23 @@ class NetworkConfig:
 class PartitionConfig:
     """Where the network is cut."""
 
-    # uniform, explicit, per_layer or balanced.
+    # uniform, explicit, per_layer, balanced or from_search.
     strategy: str = "per_layer"
-    # For uniform and balanced.
+    # For uniform, balanced and from_search.
     num_blocks: int = 0
     # For explicit: the 0-based layers after which to cut.
     cuts: tuple[int, ...] = ()
-    # For balanced: what a layer costs, its "flops" or its measured "time".
+    # For balanced and max_imbalance: what a layer costs, its "flops" or its measured "time".
     cost: str = "flops"
+    # The file of a search's result (sedona/result.py). Where one is given, it decides the cuts
+    # whatever strategy and cuts say: `from_dict` sets strategy to from_search.
+    from_search: str = ""
+    # from_search: whether it decides the heads too, whatever `auxiliary` says but for the heads'
+    # options: a search on one data set also serves larger networks of another.
+    search_heads: bool = True
+    # from_search: how many times as much as in the most balanced cuts the slowest block may cost;
+    # 0 for the paper's rule, which bounds nothing.
+    max_imbalance: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +257,8 @@ _METHODS = (
     "ddg",
     "features_replay",
 )
+# Those whose blocks have auxiliary heads and local losses.
+LOCAL_METHODS = ("dgl", "sequential", "async_dgl", "async_dgl_parallel")
 _LOSSES = ("cross_entropy", "pred", "sim", "predsim")
 
 _CHOICES = {
@@ -258,7 +269,7 @@ _CHOICES = {
     "replay.policy": ("lifo_least_reused", "official", "fifo"),
     "replay.warm_up": ("none", "once", "official"),
     "replay.accounting": ("exact", "official"),
-    "partition.strategy": ("uniform", "explicit", "per_layer", "balanced"),
+    "partition.strategy": ("uniform", "explicit", "per_layer", "balanced", "from_search"),
     "partition.cost": ("flops", "time"),
     "network.form": ("cifar", "tiny_imagenet", "imagenet"),
     "network.dtype": ("float32", "bfloat16"),
@@ -281,6 +292,7 @@ _MINIMUM = {
     "network.width_factor": (0, False),
     "network.dropout": (0, True),
     "partition.num_blocks": (0, True),
+    "partition.max_imbalance": (0, True),
     "auxiliary.max_hidden": (0, True),
     "auxiliary.max_features": (1, True),
     "auxiliary.features": (1, True),
@@ -349,6 +361,7 @@ def from_dict(mapping: Mapping[str, Any], config_class: type = Config) -> Any:
     """
     config = _build(config_class, dict(mapping), prefix="")
     if config_class is Config:
+        config = _with_search(config)
         _check_values(config)
     return config
 
@@ -435,6 +448,17 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
+def _with_search(config: Config) -> Config:
+    """A search's file takes the place of the cuts, and of the heads unless they are to stay."""
+    partition, auxiliary = config.partition, config.auxiliary
+    if not partition.from_search:
+        return config
+    partition = dataclasses.replace(partition, strategy="from_search", cuts=())
+    if partition.search_heads:
+        auxiliary = dataclasses.replace(auxiliary, per_block=())
+    return dataclasses.replace(config, partition=partition, auxiliary=auxiliary)
+
+
 def _check_values(config: Config) -> None:
     for name in _leaf_names(Config):
         value = config
@@ -512,7 +536,7 @@ def _check_method(config: Config) -> None:
                 f"config.loss.per_block={loss.per_block}: {name!r} must be one of "
                 f"{', '.join(_LOSSES)}"
             )
-    has_local_losses = method.name in ("dgl", "sequential", "async_dgl", "async_dgl_parallel")
+    has_local_losses = method.name in LOCAL_METHODS
     names = loss.per_block or (loss.name,)
     matching = [name for name in names if name in ("sim", "predsim")]
     if loss.per_block and loss.name != LossConfig.name:
@@ -536,11 +560,7 @@ def _check_method(config: Config) -> None:
             f"config.loss.per_block={loss.per_block} is for local losses, but the blocks of "
             f"config.method.name={method.name} have none; leave it out"
         )
-    if loss.per_block and config.partition.strategy == "balanced":
-        raise UserError(
-            f"config.loss.per_block={loss.per_block}: config.partition.strategy=balanced weighs "
-            "the same head at every cut; set it to explicit and give config.partition.cuts"
-        )
+    _check_head_at_every_cut("loss", loss.per_block, config.partition)
     if loss.similarity_weight != LossConfig.similarity_weight and "predsim" not in matching:
         raise UserError(
             f"config.loss.similarity_weight={loss.similarity_weight} is used by predsim only; "
@@ -550,8 +570,63 @@ def _check_method(config: Config) -> None:
         raise UserError(f"config.loss.similarity_weight={loss.similarity_weight} must be at most 1")
 
 
+def _check_head_at_every_cut(
+    section: str, per_block: tuple[str, ...], partition: PartitionConfig
+) -> None:
+    if per_block and partition.strategy == "balanced":
+        raise UserError(
+            f"config.{section}.per_block={per_block}: config.partition.strategy=balanced weighs "
+            "the same head at every cut; set it to explicit and give config.partition.cuts"
+        )
+    if per_block and partition.max_imbalance:
+        raise UserError(
+            f"config.{section}.per_block={per_block}: config.partition.max_imbalance="
+            f"{partition.max_imbalance:g} weighs heads before it is known which block they are "
+            "for; set config.partition.max_imbalance=0.0"
+        )
+
+
+def _check_auxiliary(config: Config) -> None:
+    auxiliary = config.auxiliary
+    if not auxiliary.per_block:
+        return
+    if auxiliary.name != AuxiliaryConfig.name:
+        raise UserError(
+            f"config.auxiliary.name={auxiliary.name} is not used with "
+            f"config.auxiliary.per_block={auxiliary.per_block}; leave one of them out"
+        )
+    if config.method.name not in LOCAL_METHODS:
+        raise UserError(
+            f"config.auxiliary.per_block={auxiliary.per_block} is for blocks with local losses, "
+            f"but those of config.method.name={config.method.name} have none; leave it out"
+        )
+    _check_head_at_every_cut("auxiliary", auxiliary.per_block, config.partition)
+
+
+def _check_search(partition: PartitionConfig) -> None:
+    if partition.strategy == "from_search" and not partition.from_search:
+        raise UserError(
+            "config.partition.strategy=from_search needs a search's result; give its file as "
+            "config.partition.from_search"
+        )
+    for field in ("search_heads", "max_imbalance"):
+        value = getattr(partition, field)
+        if value != getattr(PartitionConfig, field) and not partition.from_search:
+            raise UserError(
+                f"config.partition.{field}={value} is used with config.partition.from_search "
+                "only; leave it out"
+            )
+    if 0 < partition.max_imbalance < 1:
+        raise UserError(
+            f"config.partition.max_imbalance={partition.max_imbalance} must be at least 1, as no "
+            "cuts are more balanced than the most balanced; try 1.5, or 0 for no bound"
+        )
+
+
 def _check_together(config: Config) -> None:
+    _check_search(config.partition)
     _check_method(config)
+    _check_auxiliary(config)
     train, partition, placement = config.train, config.partition, config.placement
     if (train.num_steps > 0) == (train.num_epochs > 0):
         raise UserError(
@@ -577,7 +652,8 @@ def _check_together(config: Config) -> None:
             f"config.placement.data_parallel={placement.data_parallel} devices; raise that, "
             "or set config.placement.kind=pipelined"
         )
-    if partition.strategy in ("uniform", "balanced") and partition.num_blocks < 1:
+    by_number = ("uniform", "balanced", "from_search")
+    if partition.strategy in by_number and partition.num_blocks < 1:
         raise UserError(
             f"config.partition.num_blocks={partition.num_blocks} must be at least 1 "
             f"with config.partition.strategy={partition.strategy}"

@@ -96,7 +96,8 @@ def layer_and_head_costs(
 
     Args:
       network: layers and head.
-      auxiliary_head: the head of a block that ends before the last layer; None if it has none.
+      auxiliary_head: the head of a block that ends before the last layer, None if it has none;
+        or a sequence of L - 1, one for each layer where a block may end.
       image_shape: the shape of one example.
       batch_size: of the measurement; has no effect on ``flops``.
       kind: ``flops`` (forward, one example) or ``time`` (seconds of a training pass, forward
@@ -114,13 +115,13 @@ def layer_and_head_costs(
         shape = (batch_size, *image_shape)
         measure = _training_seconds
 
+    if not isinstance(auxiliary_head, Sequence):
+        auxiliary_head = (auxiliary_head,) * (len(network.layers) - 1)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     layer_costs, head_costs = [], []
-    for place, layer in enumerate(network.layers):
-        is_last = place == len(network.layers) - 1
+    for layer, head in zip(network.layers, (*auxiliary_head, network.head), strict=True):
         layer_costs.append(measure(layer, x))
         x = _output_shape(layer, x)
-        head = network.head if is_last else auxiliary_head
         head_costs.append(0.0 if head is None else measure(head, x))
     return layer_costs, head_costs
 

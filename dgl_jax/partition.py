@@ -101,6 +101,17 @@ def balanced_cuts(
     return tuple(cuts)
 
 
+def slowest_block_cost(
+    layer_costs: Sequence[float], head_costs: Sequence[float], cuts: Sequence[int]
+) -> float:
+    """What the slowest block of the given cuts costs; the costs are those of `balanced_cuts`."""
+    # Differences of sums from the first layer, as the searches over cuts take them: the cost of
+    # their own result is then exactly within the bound.
+    prefix = [0.0, *itertools.accumulate(layer_costs)]
+    ranges = block_ranges(len(layer_costs), cuts)
+    return max(prefix[end] - prefix[first] + head_costs[end - 1] for first, end in ranges)
+
+
 def block_ranges(num_layers: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
     """The (first, last + 1) layers of each block."""
     bounds = [0, *(cut + 1 for cut in cuts), num_layers]

@@ -146,6 +146,33 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts + (["\n".join(failures)] if failures else []))
 
 
+def random_search_table(trials: Sequence[Mapping[str, Any]]) -> str:
+    """The trials of `experiments/random_search.py`, one a row.
+
+    Args:
+      trials: best first: ``trial``, ``cuts``, ``heads``, the accuracies as fractions, and
+        ``wall_seconds``.
+
+    Returns:
+      A Markdown table.
+    """
+    header = ["trial", "cuts", "heads", "validation, %", "test, %", "test, ensemble, %", "seconds"]
+    rows = [
+        [
+            str(trial["trial"]),
+            ", ".join(map(str, trial["cuts"])),
+            ", ".join(trial["heads"]),
+            *(
+                f"{100 * trial[name]:.2f}"
+                for name in ("validation_top1", "test_top1", "ensemble_last_top1")
+            ),
+            f"{trial['wall_seconds']:.0f}",
+        ]
+        for trial in trials
+    ]
+    return _markdown(header, rows)
+
+
 def _percent(accuracy: Mapping[str, Any]) -> str:
     """``88.30 ± 0.21``; without a deviation for a single run."""
     text = f"{100 * accuracy['mean']:.2f}"

@@ -22,7 +22,6 @@ import jax
 import numpy as np
 
 from dgl_jax import cli
-from dgl_jax.auxiliary import make_auxiliary
 from dgl_jax.config import Config
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods import METHODS
@@ -32,7 +31,7 @@ from dgl_jax.models import make_network
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements, request_cpu_devices
-from dgl_jax.train import choose_cuts
+from dgl_jax.train import choose_cuts_and_heads, make_classifiers
 from dgl_jax.types import Batch, TrainState
 
 _NUM_CLASSES = 10
@@ -69,10 +68,10 @@ def measure_delay(
         form=config.network.form,
         width_factor=config.network.width_factor,
     )
-    head = make_auxiliary(config.auxiliary.name, _NUM_CLASSES)
-    cuts = choose_cuts(config, network, head, image_shape)
+    cuts, names = choose_cuts_and_heads(config, network, _NUM_CLASSES, image_shape)
+    heads = make_classifiers(config, names, _NUM_CLASSES)
     method = METHODS["async_dgl_parallel"]
-    blocks = method.make_blocks(network, cuts, head, make_loss_fn(config.loss))
+    blocks = method.make_blocks(network, cuts, heads, make_loss_fn(config.loss))
     placements = make_placements(config.placement, len(blocks))
     method.make_schedule(config, len(blocks), 1, 1)  # Checks which block is slowed.
     optimizer = make_optimizer(config.optimizer, 1000, 1000)

@@ -18,7 +18,6 @@ import pathlib
 import platform
 import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -28,10 +27,11 @@ from ml_collections import config_flags
 from tqdm import auto as tqdm
 
 from dgl_jax import cli
-from dgl_jax.config import Config, check_same_run, from_dict
+from dgl_jax.config import Config, from_dict
 from dgl_jax.errors import UserError
 from dgl_jax.metrics import write_atomically
 from dgl_jax.plots import plot_comparison
+from dgl_jax.processes import finished_summary, train_in_process
 from dgl_jax.tables import comparison_row, comparison_table
 
 _VARIANT = flags.DEFINE_string("variant", "", "The other words of the file's variant.")
@@ -64,7 +64,7 @@ def main(config: Config, workdir: str) -> None:
             mapping = file["get_config"](variant)
             mapping.update_from_flattened_dict(overrides | {"seed": seed})
             folder = os.path.join(workdir, method, f"seed_{seed}")
-            summary = _finished_summary(from_dict(mapping.to_dict()), folder)
+            summary = finished_summary(from_dict(mapping.to_dict()), folder)
             runs[method, seed] = (f"{path}:{variant}", folder, summary)
 
     # ---- One process a run.
@@ -73,8 +73,10 @@ def main(config: Config, workdir: str) -> None:
     for (method, seed), (config_path, folder, summary) in runs.items():
         bar.set_description(f"{method}, seed {seed}")
         if summary is None:
-            fields = [f"--config.{k}={v}" for k, v in (overrides | {"seed": seed}).items()]
-            summary, reason = _run([f"--config={config_path}", f"--workdir={folder}", *fields])
+            script = pathlib.Path(__file__).with_name("train.py")
+            summary, reason = train_in_process(
+                script, config_path, folder, overrides | {"seed": seed}
+            )
             result = reason if summary is None else f"{100 * summary['test_top1'][-1]:.2f} %"
             bar.write(f"{method}, seed {seed}: {result}", file=sys.stderr)
         if summary is None:
@@ -106,35 +108,6 @@ def main(config: Config, workdir: str) -> None:
     print(table)
     if failures:
         sys.exit(1)
-
-
-def _finished_summary(config: Config, folder: str) -> dict[str, Any] | None:
-    """The summary of a run that is finished already."""
-    paths = [os.path.join(folder, name) for name in ("config.json", "summary.json")]
-    if not all(map(os.path.exists, paths)):
-        return None
-    previous, summary = (json.loads(pathlib.Path(path).read_text()) for path in paths)
-    check_same_run(config, previous, folder)
-    return summary if summary["finished"] else None
-
-
-def _run(arguments: list[str]) -> tuple[dict[str, Any] | None, str]:
-    """Trains in a process of its own; returns its summary, or None and the reason in one line."""
-    folder = arguments[1].partition("=")[2]
-    os.makedirs(folder, exist_ok=True)
-    output = pathlib.Path(folder, "output.txt")
-    script = pathlib.Path(__file__).with_name("train.py")
-    with open(output, "w") as file:
-        code = subprocess.run(
-            [sys.executable, script, *arguments], check=False, stdout=file, stderr=file
-        ).returncode
-    if code == 0:
-        return json.loads(pathlib.Path(folder, "summary.json").read_text()), ""
-    lines = [line for line in output.read_text().splitlines() if line.strip()]
-    if code < 0:
-        lines.append(f"killed by signal {-code}")
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return None, (errors or lines or [f"exit code {code}"])[-1]
 
 
 def _about(summaries: list[Mapping[str, Any]]) -> dict[str, Any]:

@@ -63,6 +63,19 @@ def test_defaults_round_trip():
         ({"loss__per_block": ("pred",), "method__name": "ddg"}, "per_block=.* is for local losses"),
         ({"loss__per_block": ("pred",), "partition__strategy": "balanced",
           "partition__num_blocks": 2}, "weighs the same head at every cut"),
+        ({"auxiliary__per_block": ("mlp",), "auxiliary__name": "cnn"}, "name=cnn is not used with"),
+        ({"auxiliary__per_block": ("mlp",), "method__name": "dni"}, "those of .*=dni have none"),
+        ({"auxiliary__per_block": ("mlp",), "partition__strategy": "balanced",
+          "partition__num_blocks": 2}, "auxiliary.per_block=.* weighs the same head at every cut"),
+        ({"auxiliary__per_block": ("mlp",), "partition__from_search": "f.json",
+          "partition__num_blocks": 2, "partition__search_heads": False,
+          "partition__max_imbalance": 1.5}, "max_imbalance=1.5 weighs heads before it is known"),
+        ({"partition__strategy": "from_search", "partition__num_blocks": 2}, "needs a search's"),
+        ({"partition__from_search": "f.json"}, "num_blocks=0 must be at least 1 with .*from_search"),
+        ({"partition__search_heads": False}, "search_heads=False is used with .*from_search only"),
+        ({"partition__max_imbalance": 1.5}, "max_imbalance=1.5 is used with .*from_search only"),
+        ({"partition__from_search": "f.json", "partition__num_blocks": 2,
+          "partition__max_imbalance": 0.5}, "max_imbalance=0.5 must be at least 1, as"),
         ({"loss__similarity_weight": 0.5}, "similarity_weight=0.5 is used by predsim only"),
         ({"loss__name": "predsim", "loss__similarity_weight": 1.5}, "must be at most 1"),
         ({"data__std": (0.2, 0.0, 0.2)}, "config.data.std=.* must be positive"),
@@ -72,6 +85,21 @@ def test_mistakes(fields, message):
     with pytest.raises(UserError, match=message) as error:
         _config(**fields)
     assert "\n" not in str(error.value)
+
+
+def test_a_searchs_file_decides_cuts_and_heads_whatever_else_is_said():
+    fields = {
+        "partition__strategy": "explicit",
+        "partition__cuts": (1, 2),
+        "partition__num_blocks": 2,
+        "partition__from_search": "f.json",
+        "auxiliary__per_block": ("mlp", "cnn"),
+    }
+    config = _config(**fields)
+    assert (config.partition.strategy, config.partition.cuts) == ("from_search", ())
+    assert config.auxiliary.per_block == () and from_dict(to_dict(config)) == config
+    config = _config(**fields, partition__search_heads=False)
+    assert config.partition.cuts == () and config.auxiliary.per_block == ("mlp", "cnn")
 
 
 def test_integers_are_floats_where_floats_are_asked_for():

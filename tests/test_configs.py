@@ -12,12 +12,12 @@ from ml_collections import config_flags
 from dgl_jax.config import from_dict
 from dgl_jax.errors import UserError
 from dgl_jax.models import check_image_shape, layer_shapes, make_network
-from dgl_jax.train import choose_cuts
+from dgl_jax.train import choose_cuts_and_heads
 from dgl_jax.variants import choose_words
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "experiments" / "configs"
 _FILES = {path.stem: runpy.run_path(str(path)) for path in sorted(_FOLDER.glob("*.py"))}
-_IMAGE_SHAPES = {"embedded": (28, 28, 1), "cifar10": (32, 32, 3)}
+_IMAGE_SHAPES = {"embedded": (28, 28, 1), "cifar10": (32, 32, 3), "tiny_imagenet": (64, 64, 3)}
 
 
 def _load(name, variant=""):
@@ -40,7 +40,7 @@ def _network(network_config, image_shape):
 def _cut_network(config):
     shape = _IMAGE_SHAPES.get(config.data.name) or (config.data.image_size,) * 2 + (3,)
     network = _network(config.network, shape)
-    return network, choose_cuts(config, network, None, shape)
+    return network, *choose_cuts_and_heads(config, network, 10, shape)
 
 
 @pytest.mark.parametrize("name", _FILES)
@@ -48,12 +48,24 @@ def test_every_variant_is_a_valid_configuration(name):
     variants = itertools.product(*_FILES[name].get("WORDS", ()))
     configs = {variant: _load(name, ",".join(variant)) for variant in variants}
     for config in configs.values():
-        _, cuts = _cut_network(config)
+        _, cuts, heads = _cut_network(config)
         assert (config.method.name == "backprop") == (cuts == ())
-    # Every word makes a difference, but for which block is slowed down where none is.
-    same = {variant for variant in configs if "dgl" in variant and "block=0" not in variant}
-    expected = len(configs) - (len(same) if name == "figure5" else 0)
-    assert len(set(configs.values())) == expected
+        assert len(heads) == len(cuts)
+
+    # Every word makes a difference, but for which block is slowed down where none is, and into
+    # how many blocks SEDONA's files cut what backprop trains.
+    def meaning(variant):
+        unused = ()
+        if name == "figure5" and "dgl" in variant:
+            unused = ("block=",)
+        if name.startswith("sedona") and "backprop" in variant:
+            unused = ("K=",)
+        return tuple(word for word in variant if not word.startswith(unused))
+
+    found = {}
+    for variant, config in configs.items():
+        assert found.setdefault(meaning(variant), config) == config
+    assert len(set(found.values())) == len(found)
 
 
 # Of each row: blocks, head, mini-batch, epochs, learning rate, its drops and their factor, L2.
@@ -75,24 +87,31 @@ _PUBLISHED = {
     ("table2", "ddg,K=4"): (4, "mlp_sr", *_RESNET110),
     ("table3", "vgg13_K=10"): (10, "mlp_sr", *_IMAGENET),
     ("table3", "vgg13_K=4"): (4, "mlp_sr", *_IMAGENET),
-    ("table3", "vgg13_backprop"): (1, "mlp_sr", *_IMAGENET),
+    ("table3", "vgg13_backprop"): (1, None, *_IMAGENET),
     ("table3", "vgg19_K=4"): (4, "mlp_sr", *_IMAGENET),
     ("table3", "vgg19_K=2"): (2, "mlp_sr", *_IMAGENET),
     ("table3", "resnet152_K=2"): (2, "mlp_sr", *_IMAGENET),
     ("sedona_cifar10", "dgl,vgg19"): (4, "mlp_sr", 128, 0, 0.1, None, None, 1e-4),
     ("sedona_cifar10", "predsim,resnet101"): (4, "pred", 128, 0, 0.1, None, None, 1e-4),
+    ("sedona_cifar10", "dgl,vgg19,K=8"): (8, "mlp_sr", 128, 0, 0.1, None, None, 1e-4),
+    ("sedona_cifar10", "sedona,vgg19,K=2"): (2, "sepconv_4", 128, 0, 0.1, None, None, 1e-4),
+    ("sedona_cifar10", "sedona,resnet152"): (4, "sepconv_4", 128, 0, 0.1, None, None, 1e-4),
+    ("sedona_imagenet", "sedona,resnet101,K=4"): (4, "sepconv_4", 256, 0, 0.1, None, None, 1e-4),
+    ("sedona_imagenet", "dgl,resnet152,K=2"): (2, "mlp_sr", 256, 0, 0.1, None, None, 1e-4),
+    ("sedona_imagenet", "backprop,resnet101"): (1, None, 256, 0, 0.1, None, None, 1e-4),
+    ("sedona_tiny_imagenet", "sedona,resnet50"): (4, "sepconv_4", 256, 0, 0.1, None, None, 1e-4),
 }
 
 
 @pytest.mark.parametrize("name, variant", _PUBLISHED)
 def test_blocks_heads_and_schedules_are_the_published_ones(name, variant):
     config = _load(name, variant)
-    _, cuts = _cut_network(config)
+    _, cuts, heads = _cut_network(config)
     optimizer, train = config.optimizer, config.train
     is_step = optimizer.schedule == "step"
     assert (
         len(cuts) + 1,
-        config.auxiliary.name,
+        ", ".join(dict.fromkeys(heads)) or None,
         train.batch_size,
         train.num_epochs,
         optimizer.learning_rate,
@@ -115,7 +134,7 @@ def test_blocks_heads_and_schedules_are_the_published_ones(name, variant):
     ],
 )
 def test_widths_and_sizes_are_the_published_ones(name, variant, shapes):
-    network, _ = _cut_network(_load(name, variant))
+    network, *_ = _cut_network(_load(name, variant))
     found = layer_shapes(network, (32, 32, 3))[: len(shapes)]
     assert [(width, height) for _, height, _, width in found] == shapes
 
@@ -129,8 +148,15 @@ def test_cuts_are_those_of_the_official_code():
         ("table3", "resnet152_K=2"): (24,),  # The stem and 25 of 50 bottlenecks.
         ("sedona_cifar10", "dgl,resnet50"): (3, 7, 11),
         ("sedona_cifar10", "dgl,resnet101"): (7, 15, 23),
+        ("sedona_imagenet", "sedona,resnet101,K=4"): (6, 10, 11),
+        ("sedona_tiny_imagenet", "sedona,vgg19"): (5, 12, 13),
     }
     assert {key: _cut_network(_load(*key))[1] for key in cuts} == cuts
+    assert _cut_network(_load("sedona_cifar10", "sedona,vgg19"))[2] == (
+        "sepconv_4",
+        "sepconv_1",
+        "sepconv_1",
+    )
 
 
 def test_what_else_the_papers_set():
@@ -153,6 +179,12 @@ def test_what_else_the_papers_set():
     assert config.optimizer.schedule == "cosine" and config.optimizer.min_learning_rate == 1e-3
     assert config.data.crop_padding == 2 and config.data.validation_fraction == 0.1
     assert config.loss.label_smoothing == 0.1
+    for name, steps, features in (("cifar10", 64_000, 512), ("tiny_imagenet", 30_000, 2048),
+                                  ("imagenet", 600_000, 2048)):  # fmt: skip
+        config = _load(f"sedona_{name}", "sedona,resnet152")
+        assert (config.train.num_steps, config.auxiliary.features) == (steps, features)
+        assert config.network.width_factor == features / 2048
+        assert config.loss.label_smoothing == 0.1 and config.auxiliary.reduction == 4
     loss = _load("sedona_cifar10", "predsim,resnet152").loss
     assert (loss.name, loss.similarity_weight, loss.label_smoothing) == ("predsim", 0.99, 0.0)
 

@@ -11,9 +11,11 @@ from dgl_jax.errors import UserError
 from dgl_jax.partition import balanced_cuts, block_ranges
 from dgl_jax.sedona.discretise import discretise, discretise_balanced, local_probabilities
 
-_PUBLISHED = json.loads(
-    (pathlib.Path(__file__).parent / "published" / "sedona_alphas.json").read_text()
-)
+_FOLDER = pathlib.Path(__file__).parents[1] / "experiments" / "published"
+_PUBLISHED = {
+    network: json.loads((_FOLDER / f"sedona_{network}.json").read_text())
+    for network in ("vgg19", "resnet50", "resnet101", "resnet152")
+}
 
 
 # The cuts of the released code on its released decision variables; depths at K = 4.

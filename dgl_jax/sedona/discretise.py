@@ -116,10 +116,15 @@ def local_probabilities(alpha: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(1 / (1 + math.exp(min(above - local, 700.0))) for local, above in alpha)
 
 
+def best_heads(beta: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """The index of each row's greatest entry; of equal ones the first."""
+    return tuple(max(range(len(row)), key=lambda m, row=row: row[m]) for row in beta)
+
+
 def _grouping(
     cuts: Sequence[int], probabilities: tuple[float, ...], beta: Sequence[Sequence[float]]
 ) -> Grouping:
-    heads = tuple(max(range(len(beta[cut])), key=lambda m, cut=cut: beta[cut][m]) for cut in cuts)
+    heads = best_heads([beta[cut] for cut in cuts])
     left = [p for layer, p in enumerate(probabilities) if layer not in cuts]
     taken = [probabilities[cut] for cut in cuts]
     margin = min(taken) - max(left) if taken and left else None

@@ -1,0 +1,54 @@
+"""Runs as processes of their own, one after the other: for scripts that compare many."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from dgl_jax.config import Config, check_same_run
+
+
+def finished_summary(config: Config, folder: str) -> dict[str, Any] | None:
+    """The summary of a run that is finished already, or None.
+
+    Raises:
+      UserError: if the folder holds a run of another configuration.
+    """
+    paths = [os.path.join(folder, name) for name in ("config.json", "summary.json")]
+    if not all(map(os.path.exists, paths)):
+        return None
+    previous, summary = (json.loads(pathlib.Path(path).read_text()) for path in paths)
+    check_same_run(config, previous, folder)
+    return summary if summary["finished"] else None
+
+
+def train_in_process(
+    script: str | os.PathLike, config_path: str, folder: str, overrides: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, str]:
+    """Trains in a process of its own, whose output goes to output.txt in the run's folder.
+
+    Args:
+      script: the path of ``experiments/train.py``.
+      config_path: for ``--config``.
+      folder: for ``--workdir``.
+      overrides: dotted fields of the configuration with their values.
+
+    Returns:
+      The run's summary; or None and the reason in one line.
+    """
+    os.makedirs(folder, exist_ok=True)
+    output = pathlib.Path(folder, "output.txt")
+    fields = [f"--config.{name}={value}" for name, value in overrides.items()]
+    command = [sys.executable, script, f"--config={config_path}", f"--workdir={folder}", *fields]
+    with open(output, "w") as file:
+        code = subprocess.run(command, check=False, stdout=file, stderr=file).returncode
+    if code == 0:
+        return json.loads(pathlib.Path(folder, "summary.json").read_text()), ""
+    lines = [line for line in output.read_text().splitlines() if line.strip()]
+    if code < 0:
+        lines.append(f"killed by signal {-code}")
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return None, (errors or lines or [f"exit code {code}"])[-1]
