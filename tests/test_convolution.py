@@ -78,8 +78,6 @@ def _check_equals_xla(x_shape, kernel_shape, strides, padding, groups):
                 loss(x, kernel),
                 jax.grad(loss, (0, 1), has_aux=True)(x, kernel),
                 jax.grad(gradient_along_a_direction, (0, 1))(x, kernel),
-                # Forward over reverse, as Hessian-vector products are often written.
-                jax.jvp(lambda x: jax.grad(lambda x: loss(x, kernel)[0])(x), (x,), (x_direction,)),
             )
 
         compute = jax.jit(values_and_gradients, static_argnums=0)

@@ -11,6 +11,7 @@ up the kernel with zeros; its gradients 3-20 times. On a GPU or a TPU nothing is
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,7 @@ def conv_general_dilated(
     2-D convolution takes one of three other forms: a 1x1 kernel is a strided slice and a
     matrix product, a larger one has its two gradients written out, and a depthwise one (one
     kernel a channel) is a sum over the kernel's places.
-    Reverse mode works to any order, also under forward mode (``jvp`` of ``grad``); forward
-    mode alone does not work for the second form.
+    Reverse mode works to any order; forward mode (``jvp``) does not work for the second form.
 
     Args:
       lhs: the input, [B, H, W, C] for the faster forms.
@@ -77,79 +77,71 @@ def conv_general_dilated(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], kernel_size, strides, padding)
     padding = tuple((int(low), int(high)) for low, high in padding)
-    if feature_group_count > 1:
-        return _depthwise(lhs, rhs, strides, padding)
-    if kernel_size == (1, 1) and padding == ((0, 0), (0, 0)):
+    depthwise = feature_group_count > 1
+    if not depthwise and kernel_size == (1, 1) and padding == ((0, 0), (0, 0)):
         return jnp.matmul(lhs[:, :: strides[0], :: strides[1]], rhs[0, 0], precision=precision)
-    return _convolution(lhs, rhs, strides, padding, precision)
+    return _convolution(lhs, rhs, _Form(strides, padding, precision, depthwise))
 
 
-def _depthwise(x, kernel, strides, padding):
-    """The sum over the kernel's places of the shifted input, scaled channel by channel."""
-    dtype = jnp.result_type(x, kernel)
-    wide = jnp.promote_types(dtype, jnp.float32)  # Sums, the gradients' too, are of many terms.
-    x, kernel = x.astype(wide), kernel.astype(wide)
-    x = lax.pad(x, jnp.zeros([], wide), [(0, 0, 0), *((a, b, 0) for a, b in padding), (0, 0, 0)])
-    height, width = (max(0, n - k + 1) for n, k in zip(x.shape[1:3], kernel.shape))
-    terms = (
-        x[:, i : i + height : strides[0], j : j + width : strides[1]] * kernel[i, j, None, None]
-        for i in range(kernel.shape[0])
-        for j in range(kernel.shape[1])
-    )
-    return sum(terms).astype(dtype)
+class _Form(NamedTuple):
+    """What a convolution and its gradients have in common."""
+
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    precision: Any
+    depthwise: bool
 
 
-def _xla_convolution(x, kernel, strides, padding, precision):
+# A convolution and its two gradients are each linear in two of (x, kernel, dy), and the gradients
+# of any of the three are the other two. So all orders of reverse mode run on these three forms.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolution(x, kernel, form):
+    if form.depthwise:
+        return _depthwise(x, kernel, form.strides, form.padding)
     return lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=_NHWC, precision=precision
+        x,
+        kernel,
+        form.strides,
+        form.padding,
+        dimension_numbers=_NHWC,
+        precision=form.precision,
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _convolution(x, kernel, strides, padding, precision):
-    """XLA's convolution; its gradients are written out below."""
-    return _xla_convolution(x, kernel, strides, padding, precision)
-
-
-def _convolution_forward(x, kernel, strides, padding, precision):
-    return _xla_convolution(x, kernel, strides, padding, precision), (x, kernel)
-
-
-def _convolution_backward(strides, padding, precision, residuals, dy):
-    # Made of differentiable pieces only, so that a hypergradient can go through it.
-    x, kernel = residuals
-    dx = _input_gradient(kernel, dy, x.shape, strides, padding, precision)
-    return dx, _weight_gradient(x, dy, kernel.shape, strides, padding, precision)
-
-
-_convolution.defvjp(_convolution_forward, _convolution_backward)
-
-
-def _input_gradient(kernel, dy, x_shape, strides, padding, precision):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _input_gradient(kernel, dy, x_shape, form):
     """The transposed convolution: ``dy``, spread by the strides, with the flipped kernel."""
     dy_padding = [
         (size - 1 - low, size - 1 - high + missed)
         for size, (low, high), missed in zip(
-            kernel.shape[:2], padding, _missed(x_shape, kernel.shape, strides, padding), strict=True
+            kernel.shape[:2], form.padding, _missed(x_shape, kernel.shape, form), strict=True
         )
     ]
+    flipped = jnp.flip(kernel, (0, 1))
+    if form.depthwise:
+        return _depthwise(_spread(dy, form.strides), flipped, (1, 1), dy_padding)
     return lax.conv_general_dilated(
         dy,
-        jnp.flip(kernel, (0, 1)).swapaxes(2, 3),
+        flipped.swapaxes(2, 3),
         (1, 1),
         dy_padding,
-        lhs_dilation=strides,
+        lhs_dilation=form.strides,
         dimension_numbers=_NHWC,
-        precision=precision,
+        precision=form.precision,
     )
 
 
-def _weight_gradient(x, dy, kernel_shape, strides, padding, precision):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _weight_gradient(x, dy, kernel_shape, form):
     """``x`` convolved with ``dy``, the batch being the features that are summed over."""
+    if form.depthwise:
+        return _depthwise_weight_gradient(x, dy, kernel_shape, form.strides, form.padding)
     x_padding = [
         (low, high - missed)
         for (low, high), missed in zip(
-            padding, _missed(x.shape, kernel_shape, strides, padding), strict=True
+            form.padding, _missed(x.shape, kernel_shape, form), strict=True
         )
     ]
     gradient = lax.conv_general_dilated(
@@ -157,18 +149,91 @@ def _weight_gradient(x, dy, kernel_shape, strides, padding, precision):
         dy.transpose(1, 2, 0, 3),
         (1, 1),
         x_padding,
-        rhs_dilation=strides,
+        rhs_dilation=form.strides,
         dimension_numbers=_NHWC,
-        precision=precision,
+        precision=form.precision,
     )
     return gradient.transpose(1, 2, 0, 3)
 
 
-def _missed(x_shape, kernel_shape, strides, padding) -> list[int]:
+def _convolution_forward(x, kernel, form):
+    return _convolution(x, kernel, form), (x, kernel)
+
+
+def _convolution_backward(form, residuals, dy):
+    x, kernel = residuals
+    return _input_gradient(kernel, dy, x.shape, form), _weight_gradient(x, dy, kernel.shape, form)
+
+
+def _input_gradient_forward(kernel, dy, x_shape, form):
+    return _input_gradient(kernel, dy, x_shape, form), (kernel, dy)
+
+
+def _input_gradient_backward(x_shape, form, residuals, x):
+    del x_shape
+    kernel, dy = residuals
+    return _weight_gradient(x, dy, kernel.shape, form), _convolution(x, kernel, form)
+
+
+def _weight_gradient_forward(x, dy, kernel_shape, form):
+    return _weight_gradient(x, dy, kernel_shape, form), (x, dy)
+
+
+def _weight_gradient_backward(kernel_shape, form, residuals, kernel):
+    del kernel_shape
+    x, dy = residuals
+    return _input_gradient(kernel, dy, x.shape, form), _convolution(x, kernel, form)
+
+
+_convolution.defvjp(_convolution_forward, _convolution_backward)
+_input_gradient.defvjp(_input_gradient_forward, _input_gradient_backward)
+_weight_gradient.defvjp(_weight_gradient_forward, _weight_gradient_backward)
+
+
+def _missed(x_shape, kernel_shape, form) -> list[int]:
     """How many of the last rows and columns, with padding, no window reaches."""
     return [
         (size + low + high - kernel_size) % stride
         for size, kernel_size, stride, (low, high) in zip(
-            x_shape[1:3], kernel_shape[:2], strides, padding, strict=True
+            x_shape[1:3], kernel_shape[:2], form.strides, form.padding, strict=True
         )
     ]
+
+
+def _depthwise(x, kernel, strides, padding):
+    """The sum over the kernel's places of the shifted input, scaled channel by channel."""
+    dtype = jnp.result_type(x, kernel)
+    weights = _wide(kernel).reshape(-1, 1, 1, 1, kernel.shape[-1])
+    shares = _shares(_wide(x), kernel.shape, strides, padding)
+    return sum(share * weight for share, weight in zip(shares, weights)).astype(dtype)
+
+
+def _depthwise_weight_gradient(x, dy, kernel_shape, strides, padding):
+    shares = _shares(_wide(x), kernel_shape, strides, padding)
+    gradients = [jnp.sum(share * _wide(dy), axis=(0, 1, 2)) for share in shares]
+    return jnp.stack(gradients).reshape(kernel_shape).astype(dy.dtype)
+
+
+def _shares(x, kernel_shape, strides, padding):
+    """What each of the kernel's places meets of the padded input, row by row."""
+    x = _pad(x, [(low, high, 0) for low, high in padding])
+    height, width = (max(0, n - k + 1) for n, k in zip(x.shape[1:3], kernel_shape))
+    return [
+        x[:, i : i + height : strides[0], j : j + width : strides[1]]
+        for i in range(kernel_shape[0])
+        for j in range(kernel_shape[1])
+    ]
+
+
+def _spread(dy, strides):
+    """Zeros between rows and columns."""
+    return _pad(dy, [(0, 0, stride - 1) for stride in strides])
+
+
+def _pad(x, height_and_width):
+    return lax.pad(x, jnp.zeros([], x.dtype), [(0, 0, 0), *height_and_width, (0, 0, 0)])
+
+
+def _wide(x):
+    """In float32 at least: sums, the gradients' too, are of many terms."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
