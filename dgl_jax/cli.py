@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -20,12 +21,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 
 
-def run(main: Callable[[Config, str], None]) -> None:
-    """Parses ``--config`` and ``--workdir`` and calls ``main(config, workdir)``."""
+def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
+    """Parses ``--config``, a file of that class, and ``--workdir``; ``main(config, workdir)``."""
 
     def parse_flags(argv: Sequence[str]) -> list[str]:
         try:
-            _check_config_arguments(argv[1:])
+            _check_config_arguments(argv[1:], config_class)
             remaining = flags.FLAGS(list(argv))
             if len(remaining) > 1:
                 raise UserError(f"argument {remaining[1]!r} is not a flag; try --{remaining[1]}")
@@ -45,7 +46,7 @@ def run(main: Callable[[Config, str], None]) -> None:
             for name in ("config", "workdir"):
                 if not flags.FLAGS[name].value:
                     raise UserError(f"--{name} is missing; try --help")
-            main(from_dict(_CONFIG.value.to_dict()), _WORKDIR.value)
+            main(from_dict(_CONFIG.value.to_dict(), config_class), _WORKDIR.value)
         except UserError as error:
             _fail(str(error), 2)
         except KeyboardInterrupt:
@@ -62,7 +63,7 @@ def run(main: Callable[[Config, str], None]) -> None:
     app.run(run_main, flags_parser=parse_flags)
 
 
-def _check_config_arguments(arguments: Sequence[str]) -> None:
+def _check_config_arguments(arguments: Sequence[str], config_class: type) -> None:
     """What config_flags would answer with a traceback."""
     for place, argument in enumerate(arguments):
         name, _, value = argument.lstrip("-").partition("=")
@@ -77,7 +78,7 @@ def _check_config_arguments(arguments: Sequence[str]) -> None:
                     "try --config=experiments/configs/quickstart.py"
                 )
         elif name.startswith(("config.", "noconfig.")):
-            check_field_name(name.partition(".")[2])
+            check_field_name(name.partition(".")[2], config_class)
 
 
 def _fail(message: str, code: int) -> None:

@@ -213,7 +213,7 @@ class EvalConfig:
 class CheckpointConfig:
     """Checkpoints: the latest, and the best by the last block's accuracy."""
 
-    # 0: once an epoch.
+    # 0: once an epoch; in a search, twenty in all.
     every_steps: int = 0
 
 
@@ -236,6 +236,57 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
+@dataclasses.dataclass(frozen=True)
+class SearchSettings:
+    """SEDONA's search: pretraining, then outer steps that learn the decision variables."""
+
+    # The candidate heads at every place; their options are config.auxiliary's.
+    candidates: tuple[str, ...] = ("sepconv_1", "sepconv_2", "sepconv_3", "sepconv_4")
+    num_pretraining_steps: int = 40_000
+    num_outer_steps: int = 2_000
+    # T: the steps of the weights through which the outer gradient looks.
+    num_inner_steps: int = 5
+    # unrolled, first_order, finite_difference or official: see sedona/hypergradient.py.
+    hypergradient: str = "unrolled"
+    # Whether inner steps are computed again on the way back instead of held in memory.
+    remat: bool = True
+    batch_size: int = 128
+    validation_batch_size: int = 1024
+    # Adam on the decision variables.
+    learning_rate: float = 0.01
+    b1: float = 0.5
+    b2: float = 0.999
+    weight_decay: float = 1e-6
+    # Snapshots of the weights, from pretraining, which the outer steps start from.
+    num_snapshots: int = 50
+    # spread: over the whole of pretraining. official: the last ones, snapshot_interval apart.
+    snapshots: str = "spread"
+    snapshot_interval: int = 80
+    # Where they are kept: device, host, or auto (by their size).
+    snapshot_memory: str = "auto"
+    # What the summary says of: K.
+    num_blocks: tuple[int, ...] = (2, 4, 8)
+    # The length of one training by backprop, in which the search's cost is stated.
+    backprop_steps: int = 64_000
+    log_every_steps: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """A search."""
+
+    seed: int = 0
+    network: NetworkConfig = NetworkConfig()
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+    loss: LossConfig = LossConfig()
+    # Of the weights.
+    optimizer: OptimizerConfig = OptimizerConfig()
+    # validation_fraction: the share on which the decision variables learn.
+    data: DataConfig = DataConfig()
+    search: SearchSettings = SearchSettings()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
 # What may change when a run is resumed: sections and fields that change no number trained.
 _RESUMABLE = (
     "placement",
@@ -244,6 +295,10 @@ _RESUMABLE = (
     "data.num_workers",
     "train.log_every_steps",
     "train.log_gradient_norm",
+    "search.num_blocks",
+    "search.snapshot_memory",
+    "search.backprop_steps",
+    "search.log_every_steps",
 )
 
 _METHODS = (
@@ -279,6 +334,9 @@ _CHOICES = {
     "optimizer.schedule": ("constant", "step", "cosine"),
     "optimizer.momentum_at_drop": ("keep", "reset"),
     "placement.kind": ("fused", "pipelined"),
+    "search.hypergradient": ("unrolled", "first_order", "finite_difference", "official"),
+    "search.snapshots": ("spread", "official"),
+    "search.snapshot_memory": ("auto", "device", "host"),
 }
 
 # The least value of a field, and whether that value itself is allowed.
@@ -321,6 +379,19 @@ _MINIMUM = {
     "eval.batch_size": (1, True),
     "eval.ensemble_last": (1, True),
     "checkpoint.every_steps": (0, True),
+    "search.num_pretraining_steps": (1, True),
+    "search.num_outer_steps": (1, True),
+    "search.num_inner_steps": (1, True),
+    "search.batch_size": (1, True),
+    "search.validation_batch_size": (1, True),
+    "search.learning_rate": (0, False),
+    "search.b1": (0, True),
+    "search.b2": (0, True),
+    "search.weight_decay": (0, True),
+    "search.num_snapshots": (1, True),
+    "search.snapshot_interval": (1, True),
+    "search.backprop_steps": (1, True),
+    "search.log_every_steps": (1, True),
 }
 
 _BELOW_ONE = (
@@ -330,6 +401,8 @@ _BELOW_ONE = (
     "optimizer.b1",
     "optimizer.b2",
     "data.validation_fraction",
+    "search.b1",
+    "search.b2",
 )
 
 
@@ -362,7 +435,11 @@ def from_dict(mapping: Mapping[str, Any], config_class: type = Config) -> Any:
     config = _build(config_class, dict(mapping), prefix="")
     if config_class is Config:
         config = _with_search(config)
-        _check_values(config)
+    _check_values(config)
+    if config_class is Config:
+        _check_together(config)
+    elif config_class is SearchConfig:
+        _check_search_together(config)
     return config
 
 
@@ -377,7 +454,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
-def check_same_run(config: Config, previous: Mapping[str, Any], workdir: str) -> None:
+def check_same_run(
+    config: Config | SearchConfig, previous: Mapping[str, Any], workdir: str
+) -> None:
     """Checks that a run's folder was made by the configuration that now wants to go on with it.
 
     Args:
@@ -389,7 +468,7 @@ def check_same_run(config: Config, previous: Mapping[str, Any], workdir: str) ->
       UserError: naming the first field that differs.
     """
     present = to_dict(config)
-    for name in _leaf_names(Config):
+    for name in _leaf_names(type(config)):
         section, _, field = name.partition(".")
         if section in _RESUMABLE or name in _RESUMABLE:
             continue
@@ -459,8 +538,8 @@ def _with_search(config: Config) -> Config:
     return dataclasses.replace(config, partition=partition, auxiliary=auxiliary)
 
 
-def _check_values(config: Config) -> None:
-    for name in _leaf_names(Config):
+def _check_values(config: Any) -> None:
+    for name in _leaf_names(type(config)):
         value = config
         for part in name.split("."):
             value = getattr(value, part)
@@ -475,7 +554,6 @@ def _check_values(config: Config) -> None:
                 raise UserError(f"config.{name}={value} must be {rule}")
         if name in _BELOW_ONE and value >= 1:
             raise UserError(f"config.{name}={value} must be less than 1")
-    _check_together(config)
 
 
 def _check_method(config: Config) -> None:
@@ -668,7 +746,10 @@ def _check_together(config: Config) -> None:
             f"config.partition.cuts={partition.cuts} is used with strategy explicit only; "
             "set config.partition.strategy=explicit"
         )
-    optimizer = config.optimizer
+    _check_optimizer_and_data(config.optimizer, config.data)
+
+
+def _check_optimizer_and_data(optimizer: OptimizerConfig, data: DataConfig) -> None:
     if optimizer.momentum_at_drop == "reset" and optimizer.schedule != "step":
         raise UserError(
             "config.optimizer.momentum_at_drop=reset needs config.optimizer.schedule=step, "
@@ -681,5 +762,41 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"config.optimizer.drop_epochs={drops} must be positive and strictly increasing"
         )
-    if any(value <= 0 for value in config.data.std):
-        raise UserError(f"config.data.std={config.data.std} must be positive")
+    if any(value <= 0 for value in data.std):
+        raise UserError(f"config.data.std={data.std} must be positive")
+
+
+def _check_search_together(config: SearchConfig) -> None:
+    search, auxiliary, loss = config.search, config.auxiliary, config.loss
+    _check_optimizer_and_data(config.optimizer, config.data)
+    if not search.candidates:
+        raise UserError(
+            "config.search.candidates=() must name a head or more; try ('mlp_sr',) to search "
+            "cuts alone"
+        )
+    if len(set(search.candidates)) < len(search.candidates):
+        raise UserError(f"config.search.candidates={search.candidates} must differ")
+    if (auxiliary.name, auxiliary.per_block) != (AuxiliaryConfig.name, ()):
+        raise UserError(
+            f"config.auxiliary.name={auxiliary.name}, config.auxiliary.per_block="
+            f"{auxiliary.per_block}: a search's heads are config.search.candidates; set those"
+        )
+    if loss.name not in ("cross_entropy", "pred") or loss.per_block:
+        raise UserError(
+            f"config.loss.name={loss.name}, config.loss.per_block={loss.per_block}: a search "
+            "mixes logits, so its losses are cross-entropies; leave both out"
+        )
+    if not config.data.validation_fraction:
+        raise UserError(
+            "config.data.validation_fraction=0.0 must be above 0, as decision variables learn on "
+            "the examples held out; try 0.4"
+        )
+    num_snapshots, num_steps = search.num_snapshots, search.num_pretraining_steps
+    first = num_steps - (num_snapshots - 1) * search.snapshot_interval
+    if num_snapshots > num_steps or (search.snapshots == "official" and first < 1):
+        raise UserError(
+            f"config.search.num_snapshots={num_snapshots} do not fit into "
+            f"config.search.num_pretraining_steps={num_steps}; take fewer snapshots"
+        )
+    if any(num_blocks < 1 for num_blocks in search.num_blocks):
+        raise UserError(f"config.search.num_blocks={search.num_blocks} must each be at least 1")

@@ -30,6 +30,7 @@ def load_dataset(
     eval_batch_size: int,
     seed: int,
     validation_fraction: float = 0.0,
+    held_out: bool = False,
     augment: bool = True,
     crop_padding: int = 4,
     flip: bool = True,
@@ -50,6 +51,7 @@ def load_dataset(
       eval_batch_size: examples an evaluation batch, over all devices together.
       seed: in [0, 2**32); decides the validation split, the order and the augmentation.
       validation_fraction: the share of the training examples held out, in [0, 1).
+      held_out: whether ``batch_at`` gives the examples held out, and "validation" names the others.
       augment: whether training images are cropped (and flipped, if ``flip``) at random.
       crop_padding: black pixels added on each side before a random crop; 0 for none. For sets in
         memory; streamed ones are cropped by random resized crops.
@@ -79,6 +81,7 @@ def load_dataset(
         "eval_batch_size": eval_batch_size,
         "seed": seed,
         "validation_fraction": validation_fraction,
+        "held_out": held_out,
         "augment": augment,
         "flip": flip,
         "sharding": sharding,

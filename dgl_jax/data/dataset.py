@@ -54,7 +54,7 @@ class Dataset:
 
 
 def split_validation(
-    num_examples: int, *, validation_fraction: float, batch_size: int, seed: int
+    num_examples: int, *, validation_fraction: float, batch_size: int, seed: int, held_out: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits the training examples at random.
 
@@ -63,6 +63,7 @@ def split_validation(
       validation_fraction: the share held out, in [0, 1).
       batch_size: training examples a step.
       seed: of the data set.
+      held_out: whether the two sides change places.
 
     Returns:
       (train, validation): sorted int32 indices, disjoint, together all examples.
@@ -71,22 +72,24 @@ def split_validation(
       UserError: if either side is too small to use.
     """
     num_validation = round(num_examples * validation_fraction)
-    num_train = num_examples - num_validation
     if validation_fraction > 0 and num_validation == 0:
         raise UserError(
             f"validation_fraction={validation_fraction} must hold out at least one of"
             f" {num_examples} examples; try {max(0.1, 1 / num_examples):.3g}"
         )
+    num_train = num_validation if held_out else num_examples - num_validation
     if batch_size > num_train:
+        kind = "held-out" if held_out else "training"
         raise UserError(
-            f"batch_size={batch_size} must not exceed the {num_train} training examples;"
+            f"batch_size={batch_size} must not exceed the {num_train} {kind} examples;"
             f" try {max(num_train, 1)}"
         )
     if num_validation == 0:
         return np.arange(num_examples, dtype=np.int32), np.zeros(0, np.int32)
     key = jax.random.fold_in(jax.random.key(seed), SPLIT)
     order = jax.device_get(jax.random.permutation(key, num_examples)).astype(np.int32)
-    return np.sort(order[num_validation:]), np.sort(order[:num_validation])
+    train, validation = np.sort(order[num_validation:]), np.sort(order[:num_validation])
+    return (validation, train) if held_out else (train, validation)
 
 
 def check_eval_split(split: str, num_validation: int) -> None:

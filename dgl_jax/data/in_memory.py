@@ -132,6 +132,7 @@ def make_dataset(
     eval_batch_size: int,
     seed: int,
     validation_fraction: float,
+    held_out: bool,
     augment: bool,
     crop_padding: int,
     flip: bool,
@@ -142,8 +143,8 @@ def make_dataset(
 
     Args:
       arrays: the set, on the host.
-      batch_size, eval_batch_size, seed, validation_fraction, augment, crop_padding, flip: as in
-        `dgl_jax.data.load_dataset`.
+      batch_size, eval_batch_size, seed, validation_fraction, held_out, augment, crop_padding,
+        flip: as in `dgl_jax.data.load_dataset`.
       statistics: (mean, std), one number a channel.
       sharding: of the batches.
 
@@ -156,6 +157,7 @@ def make_dataset(
     train_index, validation_index = split_validation(
         len(arrays.train_images),
         validation_fraction=validation_fraction,
+        held_out=held_out,
         batch_size=batch_size,
         seed=seed,
     )

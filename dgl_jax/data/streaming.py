@@ -160,6 +160,7 @@ def make_dataset(
     eval_batch_size: int,
     seed: int,
     validation_fraction: float,
+    held_out: bool,
     augment: bool,
     flip: bool,
     image_size: int,
@@ -174,8 +175,8 @@ def make_dataset(
       num_classes: labels are in [0, num_classes).
       channels: 1 or 3.
       train_source, test_source: (encoded image, label) by index; picklable.
-      batch_size, eval_batch_size, seed, validation_fraction, augment, flip, num_workers: as in
-        `dgl_jax.data.load_dataset`.
+      batch_size, eval_batch_size, seed, validation_fraction, held_out, augment, flip,
+        num_workers: as in `dgl_jax.data.load_dataset`.
       image_size: S, pixels a side.
       statistics: (mean, std), one number a channel.
       sharding: of the batches; each process decodes the rows of its own devices.
@@ -189,6 +190,7 @@ def make_dataset(
     train_index, validation_index = split_validation(
         len(train_source),
         validation_fraction=validation_fraction,
+        held_out=held_out,
         batch_size=batch_size,
         seed=seed,
     )
