@@ -14,36 +14,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from tqdm import auto as tqdm
 
 from dgl_jax import checkpoint, cost, drift, evaluation, metrics, placement, plots
-from dgl_jax.auxiliary import (
-    AUXILIARY,
-    OPTIONS,
-    head_for_loss,
-    make_heads,
-    options_that_apply,
-)
+from dgl_jax.auxiliary import head_for_loss
 from dgl_jax.config import LOCAL_METHODS, Config, check_same_run, to_dict
 from dgl_jax.data import Dataset, load_dataset
 from dgl_jax.errors import UserError, WorkerError, not_finite_error
+from dgl_jax.grouping import choose_cuts_and_heads, compute_dtype, make_classifiers
 from dgl_jax.losses import SIMILARITY_LOSSES, local_losses, make_loss_fns
 from dgl_jax.methods import METHODS
 from dgl_jax.models import check_image_shape, make_network
-from dgl_jax.models.network import Network
 from dgl_jax.optim import make_optimizer, make_schedule
-from dgl_jax.partition import (
-    balanced_cuts,
-    explicit_cuts,
-    per_layer_cuts,
-    slowest_block_cost,
-    uniform_cuts,
-)
 from dgl_jax.pipeline import activation_shapes, init_states
 from dgl_jax.schedule import BACKWARD, UPDATE
-from dgl_jax.sedona.discretise import best_heads, discretise, discretise_balanced
-from dgl_jax.sedona.result import load_result
 from dgl_jax.types import TrainState
 
 
@@ -81,7 +65,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         )
 
     # ---- Network, cuts, blocks.
-    dtype = _dtype(config)
+    dtype = compute_dtype(config)
     network = make_network(
         config.network.name,
         dataset.num_classes,
@@ -313,131 +297,6 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     plots.plot_run(workdir, summary)
     _write_summary(workdir, summary)  # Last: a run is finished when all its files are there.
     return summary
-
-
-def choose_cuts_and_heads(
-    config: Config, network: Network, num_classes: int, image_shape: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The cuts and heads that a configuration asks for, by a rule or from a search's file.
-
-    Returns:
-      The cuts, and for each the name of the head below it; where the method's blocks have no
-      auxiliary heads, the names mean nothing.
-
-    Raises:
-      UserError: a wrong number of heads, an unknown one, or a file that does not fit.
-    """
-    partition, auxiliary = config.partition, config.auxiliary
-    if partition.strategy == "from_search" and config.method.name != "backprop":
-        cuts, names = _cuts_and_heads_of_search(config, network, num_classes, image_shape)
-        if names:
-            return cuts, names
-    else:
-        head = None
-        if partition.strategy == "balanced":
-            (classifier,) = make_classifiers(config, (auxiliary.name,), num_classes)
-            head = head_for_loss(config.loss.name, classifier, _dtype(config))
-        cuts = choose_cuts(config, network, head, image_shape)
-    names = auxiliary.per_block or (auxiliary.name,) * len(cuts)
-    if len(names) != len(cuts):
-        raise UserError(
-            f"config.auxiliary.per_block={names} must have a head for each block but the last; "
-            f"give {len(cuts)} for {len(cuts) + 1} blocks"
-        )
-    _check_heads(auxiliary.per_block, f"config.auxiliary.per_block={names}")
-    return cuts, names
-
-
-def _cuts_and_heads_of_search(
-    config: Config, network: Network, num_classes: int, image_shape: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The cuts of a search's result; and its heads, or none if they are not asked for."""
-    partition, num_blocks = config.partition, config.partition.num_blocks
-    result = load_result(partition.from_search, config.network.name, len(network.layers))
-    alpha, beta, candidates = result.alpha, result.beta, result.candidates
-    has_heads = partition.search_heads and config.method.name in LOCAL_METHODS
-    if has_heads:
-        _check_heads(candidates, f"config.partition.from_search={partition.from_search}")
-    if partition.max_imbalance:
-        names = (config.auxiliary.name,) * len(beta)
-        if has_heads:
-            names = tuple(candidates[head] for head in best_heads(beta))
-        classifiers = make_classifiers(config, names, num_classes)
-        heads = [head_for_loss(config.loss.name, head, _dtype(config)) for head in classifiers]
-        every_cut = per_layer_cuts(len(network.layers))
-        *blocks, _ = METHODS[config.method.name].make_blocks(network, every_cut, heads, None)
-        layer_costs, head_costs = cost.layer_and_head_costs(
-            network,
-            [block.head for block in blocks],
-            image_shape,
-            config.train.batch_size,
-            partition.cost,
-        )
-        balanced = balanced_cuts(layer_costs, head_costs, num_blocks)
-        bound = partition.max_imbalance * slowest_block_cost(layer_costs, head_costs, balanced)
-        grouping = discretise_balanced(alpha, beta, num_blocks, layer_costs, head_costs, bound)
-    else:
-        grouping = discretise(alpha, beta, num_blocks)
-    # A negative one was the bound's doing.
-    if grouping.margin is not None and 0 <= grouping.margin < 0.01:
-        logging.warning(
-            "config.partition.from_search=%s: at K=%d the last cut taken is only %.2g more "
-            "probable than the best one left out: chance decided between them.",
-            partition.from_search,
-            num_blocks,
-            grouping.margin,
-        )
-    return grouping.cuts, tuple(candidates[h] for h in grouping.heads) if has_heads else ()
-
-
-def _check_heads(names: Sequence[str], given: str) -> None:
-    for name in names:
-        if name not in AUXILIARY:
-            raise UserError(
-                f"{given}: the head {name!r} is unknown; choose from {', '.join(AUXILIARY)}"
-            )
-
-
-def make_classifiers(config: Config, names: Sequence[str], num_classes: int) -> tuple[Any, ...]:
-    """The heads of these names, with the options of ``config.auxiliary``.
-
-    Raises:
-      UserError: as `make_heads`; a search's heads take those options that they have.
-    """
-    options = {option: getattr(config.auxiliary, option) for option in OPTIONS}
-    if config.partition.from_search and config.partition.search_heads:
-        options = options_that_apply(names, options)
-    # Without cuts, too, a mistake in the one name is found.
-    made = names or (config.auxiliary.name,)
-    return make_heads(made, num_classes, dtype=_dtype(config), **options)[: len(names)]
-
-
-def _dtype(config: Config) -> Any:
-    """What layers and heads compute in; None for that of input and parameters."""
-    return jnp.bfloat16 if config.network.dtype == "bfloat16" else None
-
-
-def choose_cuts(
-    config: Config, network: Network, auxiliary_head: Any, image_shape: Sequence[int]
-) -> tuple[int, ...]:
-    """The cuts of every ``config.partition.strategy`` but ``from_search``."""
-    num_layers, partition = len(network.layers), config.partition
-    if config.method.name == "backprop":
-        return ()
-    if partition.strategy == "explicit":
-        return explicit_cuts(num_layers, partition.cuts)
-    if partition.strategy == "uniform":
-        return uniform_cuts(num_layers, partition.num_blocks)
-    if partition.strategy == "per_layer":
-        return per_layer_cuts(num_layers)
-    if partition.num_blocks == 1:
-        return ()
-    # What the method puts at a cut: a head, a synthesizer, or nothing.
-    (block, *_) = METHODS[config.method.name].make_blocks(network, (0,), auxiliary_head, None)
-    layer_costs, head_costs = cost.layer_and_head_costs(
-        network, block.head, image_shape, config.train.batch_size, partition.cost
-    )
-    return balanced_cuts(layer_costs, head_costs, partition.num_blocks)
 
 
 def params_sha256(states: Any) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 
 from dgl_jax import cli
 from dgl_jax.config import Config
+from dgl_jax.grouping import choose_cuts_and_heads, make_classifiers
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods import METHODS
 from dgl_jax.methods.async_dgl_parallel import make_workers, make_works
@@ -31,7 +32,6 @@ from dgl_jax.models import make_network
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements, request_cpu_devices
-from dgl_jax.train import choose_cuts_and_heads, make_classifiers
 from dgl_jax.types import Batch, TrainState
 
 _NUM_CLASSES = 10

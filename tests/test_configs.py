@@ -11,8 +11,8 @@ from ml_collections import config_flags
 
 from dgl_jax.config import from_dict
 from dgl_jax.errors import UserError
+from dgl_jax.grouping import choose_cuts_and_heads
 from dgl_jax.models import check_image_shape, layer_shapes, make_network
-from dgl_jax.train import choose_cuts_and_heads
 from dgl_jax.variants import choose_words
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "experiments" / "configs"

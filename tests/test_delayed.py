@@ -25,6 +25,7 @@ from dgl_jax.config import (
     TrainConfig,
 )
 from dgl_jax.errors import UserError
+from dgl_jax.grouping import choose_cuts
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods import METHODS, ddg, features_replay
 from dgl_jax.metrics import compile_seconds, read_metrics
@@ -33,7 +34,6 @@ from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements
 from dgl_jax.schedule import BACKWARD, FORWARD, UPDATE
-from dgl_jax.train import choose_cuts
 from dgl_jax.types import Batch, TrainState
 
 _LEARNING_RATE, _MOMENTUM, _DECAY = 0.05, 0.9, 1e-2
@@ -490,15 +490,15 @@ def test_they_would_not_if_forward_and_backward_were_one_program():
     assert _seconds_a_step(4, 4, is_one_program=True) > 5
 
 
-def test_balanced_cuts_count_no_auxiliary_heads(small_network, small_head, monkeypatch):
-    def costs(network, head, *args):
-        return [1.0] * 4, [0.0] * 4 if head is None else [0.0, 9.0, 9.0, 0.0]
+def test_balanced_cuts_count_no_auxiliary_heads(small_network, monkeypatch):
+    def costs(network, heads, *args):
+        return [1.0] * 4, [0.0] * 4 if heads == [None] * 3 else [0.0, 9.0, 9.0, 0.0]
 
     monkeypatch.setattr(cost, "layer_and_head_costs", costs)
     partition = PartitionConfig(strategy="balanced", num_blocks=2)
     for name, cuts in (("dgl", (0,)), ("ddg", (1,)), ("features_replay", (1,))):
         config = Config(method=MethodConfig(name=name), partition=partition)
-        assert choose_cuts(config, small_network, small_head, (6, 6, 2)) == cuts
+        assert choose_cuts(config, small_network, 4, (6, 6, 2)) == cuts
 
 
 # ---- From the command line.

@@ -12,11 +12,12 @@ from dgl_jax import checkpoint, cost
 from dgl_jax.auxiliary import make_heads
 from dgl_jax.config import LOCAL_METHODS, default_config, from_dict
 from dgl_jax.errors import UserError
+from dgl_jax.grouping import choose_cuts_and_heads, make_classifiers
 from dgl_jax.methods import METHODS
 from dgl_jax.models import make_network
 from dgl_jax.partition import slowest_block_cost
 from dgl_jax.sedona.result import SearchResult, load_result, write_result
-from dgl_jax.train import choose_cuts_and_heads, make_classifiers, train_and_evaluate
+from dgl_jax.train import train_and_evaluate
 
 _PUBLISHED = pathlib.Path(__file__).parents[1] / "experiments" / "published"
 
