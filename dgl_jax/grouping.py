@@ -17,7 +17,7 @@ from dgl_jax.auxiliary import (
     make_heads,
     options_that_apply,
 )
-from dgl_jax.config import LOCAL_METHODS, Config
+from dgl_jax.config import LOCAL_METHODS, Config, SearchConfig
 from dgl_jax.errors import UserError
 from dgl_jax.methods import METHODS
 from dgl_jax.models.network import Network
@@ -28,7 +28,13 @@ from dgl_jax.partition import (
     slowest_block_cost,
     uniform_cuts,
 )
-from dgl_jax.sedona.discretise import Grouping, best_heads, discretise, discretise_balanced
+from dgl_jax.sedona.discretise import (
+    NEAR_TIE,
+    Grouping,
+    best_heads,
+    discretise,
+    discretise_balanced,
+)
 from dgl_jax.sedona.result import SearchResult, load_result
 
 
@@ -108,7 +114,7 @@ def make_classifiers(config: Config, names: Sequence[str], num_classes: int) -> 
     return make_heads(made, num_classes, dtype=compute_dtype(config), **options)[: len(names)]
 
 
-def compute_dtype(config: Config) -> Any:
+def compute_dtype(config: Config | SearchConfig) -> Any:
     """What layers and heads compute in; None for that of input and parameters."""
     return jnp.bfloat16 if config.network.dtype == "bfloat16" else None
 
@@ -135,7 +141,7 @@ def _grouping_of_search(
     else:
         grouping = discretise(result.alpha, result.beta, num_blocks)
     # A negative one was the bound's doing.
-    if grouping.margin is not None and 0 <= grouping.margin < 0.01:
+    if grouping.margin is not None and 0 <= grouping.margin < NEAR_TIE:
         logging.warning(
             "config.partition.from_search=%s: at K=%d the last cut taken is only %.2g more "
             "probable than the best one left out: chance decided between them.",

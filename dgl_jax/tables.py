@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dgl_jax.sedona.discretise import NEAR_TIE
+
 _MIB = 2**20
 
 
@@ -177,6 +179,38 @@ def _percent(accuracy: Mapping[str, Any]) -> str:
     """``88.30 ± 0.21``; without a deviation for a single run."""
     text = f"{100 * accuracy['mean']:.2f}"
     return f"{text} ± {100 * accuracy['deviation']:.2f}" if len(accuracy["runs"]) > 1 else text
+
+
+def search_table(summary: Mapping[str, Any]) -> str:
+    """What a search chose for each number of blocks, and what it cost.
+
+    Args:
+      summary: of `search.search`, or loaded from summary.json.
+
+    Returns:
+      A Markdown table and a line.
+    """
+    header = ["K", "cut after layers", "heads", "margin of the last cut", "slowest block, FLOPs"]
+    rows = []
+    for num_blocks, found in summary["groupings"].items():
+        margin = found["margin"]
+        near_tie = " (near-tie)" if margin is not None and margin < NEAR_TIE else ""
+        rows.append(
+            [
+                num_blocks,
+                ", ".join(map(str, found["cuts"])) or "-",
+                ", ".join(found["heads"]) or "-",
+                "-" if margin is None else f"{margin:.2g}{near_tie}",
+                f"{100 * found['slowest_block']:.0f} %",
+            ]
+        )
+    seconds = summary["pretraining_seconds"] + summary["outer_seconds"]
+    return (
+        f"{summary['network']}, {summary['num_layers']} layers\n\n{_markdown(header, rows)}\n\n"
+        f"The search took {seconds:.0f} s, {summary['compile_seconds']:.0f} s of them compiling: "
+        f"{summary['cost_in_backprop_trainings']:.2g} times a training by backprop of "
+        f"{summary['backprop_steps']:,} steps."
+    )
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -18,7 +18,7 @@ from tqdm import auto as tqdm
 
 from dgl_jax import checkpoint, cost, drift, evaluation, metrics, placement, plots
 from dgl_jax.auxiliary import head_for_loss
-from dgl_jax.config import LOCAL_METHODS, Config, check_same_run, to_dict
+from dgl_jax.config import LOCAL_METHODS, Config, to_dict
 from dgl_jax.data import Dataset, load_dataset
 from dgl_jax.errors import UserError, WorkerError, not_finite_error
 from dgl_jax.grouping import choose_cuts_and_heads, compute_dtype, make_classifiers
@@ -27,6 +27,7 @@ from dgl_jax.methods import METHODS
 from dgl_jax.models import check_image_shape, make_network
 from dgl_jax.optim import make_optimizer, make_schedule
 from dgl_jax.pipeline import activation_shapes, init_states
+from dgl_jax.run_folder import previous_run, write_summary
 from dgl_jax.schedule import BACKWARD, UPDATE
 from dgl_jax.types import TrainState
 
@@ -48,7 +49,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     start_time, start_compile_seconds = time.perf_counter(), metrics.compile_seconds()
 
     # ---- The run's folder; a run that is finished already is not touched.
-    previous = _previous_run(config, workdir)
+    previous = previous_run(config, workdir)
     if previous and previous["summary"].get("finished"):
         return previous["summary"]
 
@@ -135,7 +136,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     }
     config_json = json.dumps(to_dict(config) | {"resolved": resolved}, indent=2)
     metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
-    _write_summary(workdir, {"finished": False, "method": config.method.name, "cuts": list(cuts)})
+    write_summary(workdir, {"finished": False, "method": config.method.name, "cuts": list(cuts)})
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
     step = 0
     record = {"wall_seconds": 0.0, "train_seconds": 0.0, "timed_steps": 0, "totals": {}}
@@ -295,7 +296,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     if config.eval.log_drift:
         drift.write_drift(workdir)
     plots.plot_run(workdir, summary)
-    _write_summary(workdir, summary)  # Last: a run is finished when all its files are there.
+    write_summary(workdir, summary)  # Last: a run is finished when all its files are there.
     return summary
 
 
@@ -305,38 +306,6 @@ def params_sha256(states: Any) -> str:
     for leaf in jax.tree.leaves([(state.params, state.batch_stats) for state in states]):
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()
-
-
-def _previous_run(config: Config, workdir: str) -> dict[str, Any] | None:
-    """The config.json and summary.json of a run to go on with, or None for a new one."""
-    try:
-        os.makedirs(workdir, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"workdir={workdir} cannot be made ({error.strerror}); choose another --workdir"
-        ) from error
-    if not os.path.exists(os.path.join(workdir, "config.json")):
-        return None
-    files = {"summary": {}}
-    for name in ("config", "summary"):
-        path = os.path.join(workdir, f"{name}.json")
-        try:
-            with open(path) as file:
-                files[name] = json.load(file)
-        except FileNotFoundError:
-            continue  # A run killed at its very start has no summary yet.
-        except ValueError as error:
-            raise UserError(
-                f"{path} cannot be parsed ({error}); put back what the run wrote, or choose "
-                "another --workdir"
-            ) from error
-    check_same_run(config, files["config"], workdir)
-    return files
-
-
-def _write_summary(workdir: str, summary: dict[str, Any]) -> None:
-    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-    metrics.write_atomically(os.path.join(workdir, "summary.json"), text)
 
 
 def _load_dataset(config: Config, sharding: jax.sharding.Sharding) -> Dataset:

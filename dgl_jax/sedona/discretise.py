@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dgl_jax.errors import UserError
 from dgl_jax.partition import check_num_blocks
 
+# A margin of probability below which chance decided between two cuts.
+NEAR_TIE = 0.01
+
 
 @dataclasses.dataclass(frozen=True)
 class Grouping:

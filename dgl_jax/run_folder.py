@@ -1,0 +1,53 @@
+"""A run's folder: whether it can be gone on with, and its summary."""
+
+import json
+import os
+from typing import Any
+
+from dgl_jax.config import Config, SearchConfig, check_same_run
+from dgl_jax.errors import UserError
+from dgl_jax.metrics import write_atomically
+
+
+def previous_run(config: Config | SearchConfig, workdir: str) -> dict[str, Any] | None:
+    """Makes the folder, or finds what an earlier run has left in it.
+
+    Args:
+      config: the present configuration.
+      workdir: the folder.
+
+    Returns:
+      None for a new run; else ``{"config": ..., "summary": ...}``, the files as loaded.
+
+    Raises:
+      UserError: the folder can't be made, its files can't be parsed, or its run is another.
+    """
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"workdir={workdir} cannot be made ({error.strerror}); choose another --workdir"
+        ) from error
+    if not os.path.exists(os.path.join(workdir, "config.json")):
+        return None
+    files = {"summary": {}}
+    for name in ("config", "summary"):
+        path = os.path.join(workdir, f"{name}.json")
+        try:
+            with open(path) as file:
+                files[name] = json.load(file)
+        except FileNotFoundError:
+            continue  # A run killed at its very start has no summary yet.
+        except ValueError as error:
+            raise UserError(
+                f"{path} cannot be parsed ({error}); put back what the run wrote, or choose "
+                "another --workdir"
+            ) from error
+    check_same_run(config, files["config"], workdir)
+    return files
+
+
+def write_summary(workdir: str, summary: dict[str, Any]) -> None:
+    """Writes summary.json in one step."""
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    write_atomically(os.path.join(workdir, "summary.json"), text)

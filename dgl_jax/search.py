@@ -1,0 +1,366 @@
+"""A search from beginning to end: pretraining, outer steps, cuts and heads for any K."""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import auto as tqdm
+
+from dgl_jax import checkpoint, cost, metrics
+from dgl_jax.auxiliary import OPTIONS, make_heads
+from dgl_jax.block import init_block_state, make_block_step
+from dgl_jax.config import PlacementConfig, SearchConfig, SearchSettings, to_dict
+from dgl_jax.data import Dataset, load_dataset
+from dgl_jax.errors import not_finite_error
+from dgl_jax.grouping import compute_dtype
+from dgl_jax.losses import make_loss_fn
+from dgl_jax.methods import METHODS
+from dgl_jax.models import check_image_shape, make_network
+from dgl_jax.models.network import Network
+from dgl_jax.optim import make_optimizer
+from dgl_jax.partition import block_ranges, check_num_blocks
+from dgl_jax.placement import make_placements
+from dgl_jax.run_folder import previous_run, write_summary
+from dgl_jax.sedona.discretise import discretise
+from dgl_jax.sedona.hypergradient import ESTIMATORS, make_hypergradient
+from dgl_jax.sedona.inner import make_inner_step
+from dgl_jax.sedona.outer import (
+    OuterState,
+    make_outer_optimizer,
+    make_outer_step,
+    snapshot_steps,
+)
+from dgl_jax.sedona.plots import plot_search
+from dgl_jax.sedona.relaxation import init_state, init_variables, relax, relaxed_network
+from dgl_jax.sedona.result import SearchResult, write_result
+from dgl_jax.types import Batch
+
+RESULT_FILE = "search.json"
+
+
+def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
+    """Searches cuts and heads by SEDONA; goes on where a killed run stopped.
+
+    Pretraining trains all layers and candidates with every signal and candidate weighed alike,
+    and keeps snapshots of the weights. Each outer step draws one of them, moves the decision
+    variables, and stores it back one inner step further on.
+
+    Args:
+      config: what to search.
+      workdir: the run's folder; gets search.json (the result, for ``partition.from_search``),
+        config.json, metrics.jsonl, TensorBoard events, checkpoints, pictures and summary.json.
+
+    Returns:
+      The summary, as in summary.json.
+
+    Raises:
+      UserError: a mistake in the configuration, or a loss that is not finite.
+    """
+    start_time, start_compile_seconds = time.perf_counter(), metrics.compile_seconds()
+    settings = config.search
+
+    # ---- The run's folder; a search that is finished already is not touched.
+    previous = previous_run(config, workdir)
+    if previous and previous["summary"].get("finished"):
+        return previous["summary"]
+
+    # ---- Data: the weights learn on one side of the split, the decision variables on the other.
+    train = _load_dataset(config, settings.batch_size, held_out=False)
+    held_out = _load_dataset(config, settings.validation_batch_size, held_out=True)
+
+    # ---- The network, and all that it may be made of.
+    dtype = compute_dtype(config)
+    network = make_network(
+        config.network.name,
+        train.num_classes,
+        form=config.network.form,
+        width_factor=config.network.width_factor,
+        dropout=config.network.dropout,
+        dtype=dtype,
+    )
+    check_image_shape(network, train.image_shape)
+    num_layers = len(network.layers)
+    for num_blocks in settings.num_blocks:
+        check_num_blocks(num_layers, num_blocks)
+    options = {option: getattr(config.auxiliary, option) for option in OPTIONS}
+    candidates = make_heads(settings.candidates, train.num_classes, dtype=dtype, **options)
+    loss_fn = make_loss_fn(config.loss)
+    relaxed = relaxed_network(network, candidates, loss_fn)
+
+    # ---- States and programs.
+    num_pretraining, num_outer = settings.num_pretraining_steps, settings.num_outer_steps
+    optimizer = make_optimizer(config.optimizer, num_pretraining, train.steps_per_epoch)
+    outer_optimizer = make_outer_optimizer(settings)
+    key = jax.random.key(config.seed)
+    images = jnp.zeros((settings.batch_size, *train.image_shape))
+    weights = jax.jit(lambda key, x: init_state(relaxed, optimizer, key, x))(key, images)
+    variables = init_variables(num_layers, len(candidates))
+    undecided = jax.jit(relax)(variables)
+    snapshot_memory = _snapshot_memory(settings, weights)
+    # Until pretraining gets to them, the snapshots are copies of the first weights, so that
+    # every checkpoint has one structure.
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+    state = {
+        "outer": OuterState(variables, outer_optimizer.init(variables)),
+        "weights": weights,
+        "snapshots": [
+            jax.device_put(copy(weights), snapshot_memory) for _ in range(settings.num_snapshots)
+        ],
+    }
+    del weights  # Or it would keep what is donated.
+    device_memory = jax.tree.leaves(state["weights"])[0].sharding
+    pretraining_step = jax.jit(make_inner_step(relaxed, optimizer), donate_argnums=0)
+    hypergradient = make_hypergradient(
+        ESTIMATORS[settings.hypergradient], relaxed, optimizer, remat=settings.remat
+    )
+    outer_step = jax.jit(
+        make_outer_step(relaxed, optimizer, outer_optimizer, hypergradient), donate_argnums=(0, 1)
+    )
+    probabilities = jax.jit(relax)
+
+    # ---- What the folder holds already is gone on with.
+    checkpoint.check_disk_space(workdir, state, num_checkpoints=2)
+    config_json = json.dumps(to_dict(config), indent=2)
+    metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
+    write_summary(workdir, {"finished": False})
+    checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
+    first_step = 0
+    record = {"pretraining_seconds": 0.0, "outer_seconds": 0.0, "compile_seconds": 0.0}
+    restored = checkpoint.restore_latest(checkpointer, state)
+    if restored is not None:
+        first_step, state, record = restored
+    num_steps = num_pretraining + num_outer
+    checkpoint_every = config.checkpoint.every_steps or max(1, num_steps // 20)
+    keep_after = {step: index for index, step in enumerate(snapshot_steps(settings))}
+    log = _SearchLog(workdir, first_step, num_steps)
+
+    # ---- The loop. The host only dispatches; the guard proves that nothing crosses between
+    # host and devices unasked.
+    clock = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        for close in (train.close, held_out.close, log.close):
+            stack.callback(close)
+        stack.enter_context(checkpointer)
+        stack.enter_context(jax.transfer_guard("disallow"))
+        for step in range(first_step, num_steps):
+            if step < num_pretraining:
+                phase, decisions = "pretrain", None
+                state["weights"], losses = pretraining_step(
+                    state["weights"], undecided, train.batch_at(step), key
+                )
+                if step + 1 in keep_after:
+                    state["snapshots"][keep_after[step + 1]] = jax.device_put(
+                        copy(state["weights"]), snapshot_memory
+                    )
+                scalars = {"layer_losses": losses}
+            else:
+                phase, outer = "search", step - num_pretraining
+                index = _draw(config.seed, outer, settings.num_snapshots)
+                snapshot = jax.device_put(state["snapshots"][index], device_memory)
+                start = num_pretraining + outer * (settings.num_inner_steps + 1)
+                batches = [train.batch_at(start + t) for t in range(settings.num_inner_steps + 1)]
+                state["outer"], snapshot, scalars = outer_step(
+                    state["outer"], snapshot, batches, held_out.batch_at(outer), key
+                )
+                state["snapshots"][index] = jax.device_put(snapshot, snapshot_memory)
+                del snapshot
+                decisions = probabilities(state["outer"].variables)
+            log.append(phase, scalars)
+            step += 1
+            is_saved = step % checkpoint_every == 0 or step in (num_pretraining, num_steps)
+            if is_saved or step % settings.log_every_steps == 0:
+                log.end_interval(step, phase, decisions)
+            if is_saved:
+                log.flush()
+                now, compiled = time.perf_counter(), metrics.compile_seconds()
+                name = "pretraining_seconds" if phase == "pretrain" else "outer_seconds"
+                record[name] += now - clock
+                record["compile_seconds"] += compiled - start_compile_seconds
+                clock, start_compile_seconds = now, compiled
+                checkpoint.save(checkpointer, step, state, top1=None, record=record)
+        checkpointer.wait()
+        batch = train.batch_at(0)
+
+    # ---- What came of it.
+    found = jax.device_get(state["outer"].variables)
+    alpha, beta = (tuple(map(tuple, rows.tolist())) for rows in (found.alpha, found.beta))
+    heads = [candidates[index] for index in np.argmax(found.beta, axis=1)]
+    layer_flops, head_flops = cost.layer_and_head_costs(
+        network, heads, train.image_shape, settings.batch_size, "flops"
+    )
+    groupings = {
+        str(num_blocks): _grouping(settings, alpha, beta, num_blocks, layer_flops, head_flops)
+        for num_blocks in settings.num_blocks
+    }
+    backprop_seconds = _backprop_step_seconds(config, network, optimizer, batch)
+    training_seconds = settings.backprop_steps * backprop_seconds
+    search_seconds = record["pretraining_seconds"] + record["outer_seconds"]
+    summary = {
+        "finished": True,
+        "network": config.network.name,
+        "dataset": config.data.name,
+        "seed": config.seed,
+        "num_layers": num_layers,
+        "candidates": list(settings.candidates),
+        "hypergradient": settings.hypergradient,
+        "snapshots": settings.snapshots,
+        "pretraining_steps": num_pretraining,
+        "outer_steps": num_outer,
+        "inner_steps": settings.num_inner_steps,
+        "groupings": groupings,
+        "layer_flops": layer_flops,
+        "head_flops": head_flops,
+        "pretraining_seconds": record["pretraining_seconds"],
+        "outer_seconds": record["outer_seconds"],
+        "compile_seconds": record["compile_seconds"],
+        "backprop_step_seconds": backprop_seconds,
+        "backprop_steps": settings.backprop_steps,
+        "cost_in_backprop_trainings": search_seconds / training_seconds,
+        "wall_seconds": time.perf_counter() - start_time,
+        "snapshot_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state["snapshots"])),
+        "snapshot_memory": snapshot_memory.memory_kind,
+        "peak_memory_bytes": cost.peak_memory_bytes(),
+        "variables_sha256": hashlib.sha256(
+            found.alpha.tobytes() + found.beta.tobytes()
+        ).hexdigest(),
+        "jax_version": jax.__version__,
+        "device_kind": jax.devices()[0].device_kind,
+    }
+    write_result(
+        os.path.join(workdir, RESULT_FILE),
+        SearchResult(config.network.name, settings.candidates, alpha, beta),
+        {"groupings": groupings, "config": to_dict(config)},
+    )
+    plot_search(workdir, summary)
+    write_summary(workdir, summary)  # Last: a search is finished when all its files are there.
+    return summary
+
+
+def _load_dataset(config: SearchConfig, batch_size: int, held_out: bool) -> Dataset:
+    """One side of the split; the images of the decision variables' side are not augmented."""
+    data = config.data
+    return load_dataset(
+        name=data.name,
+        data_dir=data.data_dir,
+        batch_size=batch_size,
+        eval_batch_size=batch_size,
+        seed=config.seed,
+        validation_fraction=data.validation_fraction,
+        held_out=held_out,
+        augment=data.augment and not held_out,
+        crop_padding=data.crop_padding,
+        flip=data.flip,
+        image_size=data.image_size,
+        num_workers=data.num_workers,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+def _snapshot_memory(settings: SearchSettings, weights: Any) -> jax.sharding.Sharding:
+    """Where snapshots lie. ``auto``: on the device, if they take a quarter of it at the most."""
+    device = jax.devices()[0]
+    on_host = settings.snapshot_memory == "host"
+    if settings.snapshot_memory == "auto":
+        size = settings.num_snapshots * sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+        limit = (device.memory_stats() or {}).get("bytes_limit")  # None on a CPU.
+        on_host = limit is not None and size > limit / 4
+    kind = "pinned_host" if on_host else device.default_memory().kind
+    return jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+
+
+def _draw(seed: int, outer_step: int, num_snapshots: int) -> int:
+    """Which snapshot an outer step takes: a function of (seed, step)."""
+    return int(np.random.default_rng((seed, outer_step)).integers(num_snapshots))
+
+
+def _backprop_step_seconds(
+    config: SearchConfig, network: Network, optimizer: Any, batch: Batch
+) -> float:
+    """One step of the network by backprop, as long as the search's device and batch make it."""
+    blocks = METHODS["backprop"].make_blocks(network, (), None, make_loss_fn(config.loss))
+    init = jax.jit(lambda key, x: init_block_state(blocks[0], optimizer, key, x))
+    state = init(jax.random.key(config.seed), batch.images)
+    placements = make_placements(PlacementConfig(), num_blocks=1)
+    works = [make_block_step(blocks[0], optimizer)]
+    (seconds,) = cost.block_step_seconds(blocks, works, [state], batch, placements)
+    return seconds
+
+
+def _grouping(settings, alpha, beta, num_blocks, layer_flops, head_flops) -> dict[str, Any]:
+    """For summary.json: the cuts and heads, and how even the blocks are."""
+    found = discretise(alpha, beta, num_blocks)
+    blocks = [
+        sum(layer_flops[first:end]) + head_flops[end - 1]
+        for first, end in block_ranges(len(layer_flops), found.cuts)
+    ]
+    return {
+        "cuts": list(found.cuts),
+        "heads": [settings.candidates[head] for head in found.heads],
+        "margin": found.margin,
+        # Of the network's own FLOPs; its inverse bounds the speed-up of blocks in parallel.
+        "slowest_block": max(blocks) / (sum(layer_flops) + head_flops[-1]),
+    }
+
+
+class _SearchLog:
+    """Writes each interval's means, a whole interval late, and shows progress."""
+
+    def __init__(self, workdir: str, first_step: int, num_steps: int):
+        self._writer = metrics.MetricsWriter(workdir, first_step=first_step)
+        self._bar = tqdm.tqdm(total=num_steps, initial=first_step, unit="step", disable=None)
+        self._rows, self._unread = [], []
+
+    def append(self, phase: str, scalars: dict[str, jax.Array]) -> None:
+        self._bar.set_description(phase, refresh=False)
+        self._bar.update()
+        self._rows.append(scalars)
+
+    def end_interval(self, step: int, phase: str, decisions: Any) -> None:
+        """Takes the steps since the last interval; `decisions` are those after the last step."""
+        if self._rows:
+            self._unread.append((step, phase, self._rows, decisions))
+        self._rows = []
+        if len(self._unread) > 1:
+            self._read()
+
+    def flush(self) -> None:
+        """Waits for all intervals taken so far and writes them.
+
+        Raises:
+          UserError: a loss was not finite.
+        """
+        while self._unread:
+            self._read()
+
+    def close(self) -> None:
+        self._writer.close()
+        self._bar.close()
+
+    def _read(self) -> None:
+        step, phase, rows, decisions = self._unread.pop(0)
+        rows, decisions = jax.device_get((rows, decisions))
+        for offset, row in enumerate(rows):
+            for name, value in row.items():
+                if not np.all(np.isfinite(value)):
+                    raise not_finite_error(f"{phase}/{name}", step - len(rows) + 1 + offset)
+        means = {name: np.mean([row[name] for row in rows], axis=0) for name in rows[0]}
+        line = {}
+        for layer, loss in enumerate(means.pop("layer_losses", ())):
+            line[f"{phase}/layer_{layer}/loss"] = line[f"{phase}/loss"] = float(loss)
+        line |= {f"{phase}/{name}": float(value) for name, value in means.items()}
+        if decisions is not None:
+            for layer, (signal, heads) in enumerate(zip(decisions.signal, decisions.head)):
+                line[f"{phase}/layer_{layer}/local"] = float(signal[0])
+                for head, weight in enumerate(heads):
+                    line[f"{phase}/layer_{layer}/head_{head}"] = float(weight)
+        self._writer.write(step, line)
+        shown = ("search/validation_loss", "search/validation_top1", "pretrain/loss")
+        texts = [f"{name.partition('/')[2]} {line[name]:.3f}" for name in shown if name in line]
+        self._bar.set_postfix_str(", ".join(texts))

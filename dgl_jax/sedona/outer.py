@@ -1,0 +1,91 @@
+"""The outer step: the decision variables descend the validation loss."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import optax
+
+from dgl_jax.config import SearchSettings
+from dgl_jax.sedona.hypergradient import Hypergradient
+from dgl_jax.sedona.inner import make_inner_step
+from dgl_jax.sedona.relaxation import DecisionVariables, RelaxedNetwork, relax
+from dgl_jax.types import Batch, BlockState, Metrics
+
+
+@flax.struct.dataclass
+class OuterState:
+    """The decision variables and their optimizer's state."""
+
+    variables: DecisionVariables
+    opt_state: Any
+
+
+def make_outer_optimizer(settings: SearchSettings) -> optax.GradientTransformation:
+    """Adam with an L2 term.
+
+    Source: SEDONA's released code: learning rate 1e-2, betas (0.5, 0.999), weight decay 1e-6.
+    Deviation: none.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(settings.weight_decay),
+        optax.scale_by_adam(b1=settings.b1, b2=settings.b2),
+        optax.scale_by_learning_rate(settings.learning_rate),
+    )
+
+
+def make_outer_step(
+    network: RelaxedNetwork,
+    optimizer: optax.GradientTransformation,
+    outer_optimizer: optax.GradientTransformation,
+    hypergradient: Hypergradient,
+) -> Callable[..., tuple[OuterState, BlockState, Metrics]]:
+    """Returns ``step(state, snapshot, batches, validation, key) -> (state, snapshot, metrics)``.
+
+    One update of the decision variables from a snapshot of the weights, and then one ordinary
+    inner step of that snapshot with the new variables. Of the T + 1 batches the first T are the
+    outer gradient's, the last is that inner step's. A pure function: jit it as one program.
+
+    Args:
+      network: the relaxed network.
+      optimizer: of the weights.
+      outer_optimizer: of the decision variables.
+      hypergradient: of `make_hypergradient`.
+
+    Source: SEDONA's released code.
+    Deviation: none.
+    """
+    inner_step = make_inner_step(network, optimizer)
+
+    def step(
+        state: OuterState,
+        snapshot: BlockState,
+        batches: Sequence[Batch],
+        validation: Batch,
+        key: jax.Array,
+    ):
+        gradient, metrics = hypergradient(state.variables, snapshot, batches[:-1], validation, key)
+        updates, opt_state = outer_optimizer.update(gradient, state.opt_state, state.variables)
+        variables = optax.apply_updates(state.variables, updates)
+        snapshot, _ = inner_step(snapshot, relax(variables), batches[-1], key)
+        return OuterState(variables, opt_state), snapshot, metrics
+
+    return step
+
+
+def snapshot_steps(settings: SearchSettings) -> list[int]:
+    """After which steps of pretraining the weights are kept, N in increasing order.
+
+    ``spread``: the last step and N - 1 before it, as evenly as can be over the whole.
+    ``official``: the last step and N - 1 before it, ``snapshot_interval`` apart.
+
+    Source: SEDONA: a memory of weights from all of pretraining.
+    Deviation: ``official`` is what the released code does: its memory keeps the last ones, since
+      the rule of which to give up is never passed on, so all are of a low learning rate.
+    """
+    count, num_steps = settings.num_snapshots, settings.num_pretraining_steps
+    if settings.snapshots == "spread":
+        return [num_steps * (index + 1) // count for index in range(count)]
+    interval = settings.snapshot_interval
+    return [num_steps - interval * (count - 1 - index) for index in range(count)]

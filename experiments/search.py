@@ -1,0 +1,23 @@
+"""Searches where to cut a network, and which head each block gets.
+
+python experiments/search.py --config=experiments/configs/sedona_search.py:short \
+    --workdir=runs/search_short [--config.FIELD=VALUE ...]
+
+The same command goes on with a search that was stopped. Train with what it found:
+
+python experiments/train.py --config=... --workdir=... \
+    --config.partition.from_search=runs/search_short/search.json --config.partition.num_blocks=4
+"""
+
+from dgl_jax import cli
+from dgl_jax.config import SearchConfig
+from dgl_jax.search import search
+from dgl_jax.tables import search_table
+
+
+def main(config: SearchConfig, workdir: str) -> None:
+    print(search_table(search(config, workdir)))
+
+
+if __name__ == "__main__":
+    cli.run(main, SearchConfig)
