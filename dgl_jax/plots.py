@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 from dgl_jax.metrics import read_metrics
 
-_STYLE = {
+STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -24,7 +24,7 @@ def plot_run(workdir: str, summary: dict) -> None:
     """Draws learning_curves.png and accuracy_by_depth.png from a run's metrics and summary."""
     lines = read_metrics(os.path.join(workdir, "metrics.jsonl"))
     matplotlib.use("Agg")
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         _plot_learning_curves(workdir, summary, lines)
         _plot_accuracy_by_depth(workdir, summary, lines)
         if os.path.exists(os.path.join(workdir, "drift.json")):
@@ -40,7 +40,7 @@ def plot_comparison(path: str, rows: Sequence[Mapping[str, Any]], title: str) ->
       title: of the picture.
     """
     matplotlib.use("Agg")
-    with plt.rc_context(_STYLE | {"axes.grid.axis": "x", "axes.spines.left": False}):
+    with plt.rc_context(STYLE | {"axes.grid.axis": "x", "axes.spines.left": False}):
         figure, axes = plt.subplots(figsize=(7.5, 1.2 + 0.34 * len(rows)))
         for place, row in enumerate(rows):
             text = "failed"
