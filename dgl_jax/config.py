@@ -432,7 +432,7 @@ def from_dict(mapping: Mapping[str, Any], config_class: type = Config) -> Any:
     Raises:
       UserError: an unknown name, a wrong type, or a value out of range.
     """
-    config = _build(config_class, dict(mapping), prefix="")
+    config = _build(config_class, dict(mapping), prefix="", root=config_class)
     if config_class is Config:
         config = _with_search(config)
     _check_values(config)
@@ -492,19 +492,19 @@ def _leaf_names(config_class: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _build(config_class: type, mapping: dict[str, Any], prefix: str) -> Any:
+def _build(config_class: type, mapping: dict[str, Any], prefix: str, root: type) -> Any:
     fields = {field.name: field.type for field in dataclasses.fields(config_class)}
     values = {}
     for name, value in mapping.items():
         if name not in fields:
-            check_field_name(prefix + name)
+            check_field_name(prefix + name, root)
         elif dataclasses.is_dataclass(fields[name]):
             if not isinstance(value, Mapping):
                 raise UserError(
                     f"config.{prefix}{name}={value!r} must be a group of fields; "
                     f"set config.{prefix}{name}.FIELD"
                 )
-            values[name] = _build(fields[name], dict(value), f"{prefix}{name}.")
+            values[name] = _build(fields[name], dict(value), f"{prefix}{name}.", root)
         else:
             values[name] = _convert(prefix + name, value, fields[name])
     return config_class(**values)

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dgl_jax.metrics import read_metrics
 from dgl_jax.plots import STYLE
+from dgl_jax.sedona.discretise import NEAR_TIE
 
 _BLOCK_COLORS = ("#a6c8e4", "#f3c99b")
 
@@ -214,7 +215,7 @@ def _plot_groupings(workdir: str, summary: dict) -> None:
 def _margin_text(margin: float | None) -> str:
     if margin is None:
         return "no other choice"
-    return f"margin {margin:.2g}" + ("\nnear-tie" if margin < 0.01 else "")
+    return f"margin {margin:.2g}" + ("\nnear-tie" if margin < NEAR_TIE else "")
 
 
 def _heat_map(axes, summary: dict, lines: list[dict], values: np.ndarray, **colors):
