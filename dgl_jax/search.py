@@ -1,6 +1,7 @@
 """A search from beginning to end: pretraining, outer steps, cuts and heads for any K."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from tqdm import auto as tqdm
 
 from dgl_jax import checkpoint, cost, metrics
@@ -102,26 +104,31 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     weights = jax.jit(lambda key, x: init_state(relaxed, optimizer, key, x))(key, images)
     variables = init_variables(num_layers, len(candidates))
     undecided = jax.jit(relax)(variables)
+    # A snapshot is one vector: thousands of small arrays take long to move and to save. Its
+    # float32 holds the step counters too, which it can up to 2**24.
+    pack, unpack = jax.jit(lambda tree: ravel_pytree(tree)[0]), jax.jit(ravel_pytree(weights)[1])
     snapshot_memory = _snapshot_memory(settings, weights)
-    # Until pretraining gets to them, the snapshots are copies of the first weights, so that
-    # every checkpoint has one structure.
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+    # Until pretraining gets to them, the snapshots are those of the first weights, so that every
+    # checkpoint has one structure.
     state = {
         "outer": OuterState(variables, outer_optimizer.init(variables)),
-        "weights": weights,
+        "weights": pack(weights),
         "snapshots": [
-            jax.device_put(copy(weights), snapshot_memory) for _ in range(settings.num_snapshots)
+            jax.device_put(pack(weights), snapshot_memory) for _ in range(settings.num_snapshots)
         ],
     }
-    del weights  # Or it would keep what is donated.
-    device_memory = jax.tree.leaves(state["weights"])[0].sharding
+    device_memory = state["weights"].sharding
     pretraining_step = jax.jit(make_inner_step(relaxed, optimizer), donate_argnums=0)
     hypergradient = make_hypergradient(
         ESTIMATORS[settings.hypergradient], relaxed, optimizer, remat=settings.remat
     )
-    outer_step = jax.jit(
-        make_outer_step(relaxed, optimizer, outer_optimizer, hypergradient), donate_argnums=(0, 1)
-    )
+    unpacked_step = make_outer_step(relaxed, optimizer, outer_optimizer, hypergradient)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def outer_step(outer, snapshot, batches, validation, key):
+        outer, weights, scalars = unpacked_step(outer, unpack(snapshot), batches, validation, key)
+        return outer, pack(weights), scalars
+
     probabilities = jax.jit(relax)
 
     # ---- What the folder holds already is gone on with.
@@ -135,6 +142,7 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     restored = checkpoint.restore_latest(checkpointer, state)
     if restored is not None:
         first_step, state, record = restored
+        weights = unpack(state["weights"])
     num_steps = num_pretraining + num_outer
     checkpoint_every = config.checkpoint.every_steps or max(1, num_steps // 20)
     keep_after = {step: index for index, step in enumerate(snapshot_steps(settings))}
@@ -151,13 +159,10 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
         for step in range(first_step, num_steps):
             if step < num_pretraining:
                 phase, decisions = "pretrain", None
-                state["weights"], losses = pretraining_step(
-                    state["weights"], undecided, train.batch_at(step), key
-                )
+                weights, losses = pretraining_step(weights, undecided, train.batch_at(step), key)
                 if step + 1 in keep_after:
-                    state["snapshots"][keep_after[step + 1]] = jax.device_put(
-                        copy(state["weights"]), snapshot_memory
-                    )
+                    snapshot = jax.device_put(pack(weights), snapshot_memory)
+                    state["snapshots"][keep_after[step + 1]] = snapshot
                 scalars = {"layer_losses": losses}
             else:
                 phase, outer = "search", step - num_pretraining
@@ -169,7 +174,6 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
                     state["outer"], snapshot, batches, held_out.batch_at(outer), key
                 )
                 state["snapshots"][index] = jax.device_put(snapshot, snapshot_memory)
-                del snapshot
                 decisions = probabilities(state["outer"].variables)
             log.append(phase, scalars)
             step += 1
@@ -183,6 +187,7 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
                 record[name] += now - clock
                 record["compile_seconds"] += compiled - start_compile_seconds
                 clock, start_compile_seconds = now, compiled
+                state["weights"] = pack(weights)
                 checkpoint.save(checkpointer, step, state, top1=None, record=record)
         checkpointer.wait()
         batch = train.batch_at(0)
