@@ -1,7 +1,7 @@
 """One block: its layers, its head, its local loss; how it starts, learns and is evaluated.
 
-Pure functions that know no device. This is the only file that stops a gradient: what a block
-hands on carries none back.
+Pure functions that know no device. This is the only file that stops a gradient between blocks:
+what a block hands on carries none back.
 """
 
 import dataclasses

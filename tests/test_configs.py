@@ -9,14 +9,18 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from dgl_jax.config import from_dict
+from dgl_jax.auxiliary import OPTIONS, make_heads
+from dgl_jax.config import SearchConfig, from_dict
 from dgl_jax.errors import UserError
 from dgl_jax.grouping import choose_cuts_and_heads
 from dgl_jax.models import check_image_shape, layer_shapes, make_network
+from dgl_jax.partition import check_num_blocks
 from dgl_jax.variants import choose_words
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "experiments" / "configs"
-_FILES = {path.stem: runpy.run_path(str(path)) for path in sorted(_FOLDER.glob("*.py"))}
+_ALL = {path.stem: runpy.run_path(str(path)) for path in sorted(_FOLDER.glob("*.py"))}
+_SEARCHES = {name: _ALL[name] for name in ("sedona_search",)}
+_FILES = {name: file for name, file in _ALL.items() if name not in _SEARCHES}
 _IMAGE_SHAPES = {"embedded": (28, 28, 1), "cifar10": (32, 32, 3), "tiny_imagenet": (64, 64, 3)}
 
 
@@ -66,6 +70,35 @@ def test_every_variant_is_a_valid_configuration(name):
     for variant, config in configs.items():
         assert found.setdefault(meaning(variant), config) == config
     assert len(set(found.values())) == len(found)
+
+
+@pytest.mark.parametrize("name", _SEARCHES)
+def test_every_variant_is_a_valid_search(name):
+    variants = list(itertools.product(*_SEARCHES[name]["WORDS"]))
+    configs = [
+        from_dict(_SEARCHES[name]["get_config"](",".join(words)).to_dict(), SearchConfig)
+        for words in variants
+    ]
+    assert len(set(configs)) == len(variants)
+    for words, config in zip(variants, configs):
+        network = _network(config.network, _IMAGE_SHAPES[config.data.name])
+        for num_blocks in config.search.num_blocks:
+            check_num_blocks(len(network.layers), num_blocks)
+        options = {option: getattr(config.auxiliary, option) for option in OPTIONS}
+        assert len(make_heads(config.search.candidates, 10, **options)) == (
+            1 if "cuts_only" in words else 4
+        )
+
+
+def test_the_published_search():
+    config = from_dict(_SEARCHES["sedona_search"]["get_config"]("").to_dict(), SearchConfig)
+    search = config.search
+    assert config.data.validation_fraction == 0.4 and config.loss.label_smoothing == 0.1
+    assert (search.num_pretraining_steps, search.num_outer_steps) == (40_000, 2_000)
+    assert (search.num_inner_steps, search.num_snapshots) == (5, 50)
+    assert (search.batch_size, search.validation_batch_size) == (128, 1024)
+    assert (search.learning_rate, search.b1, search.b2) == (1e-2, 0.5, 0.999)
+    assert (config.optimizer.learning_rate, config.optimizer.min_learning_rate) == (0.1, 1e-3)
 
 
 # Of each row: blocks, head, mini-batch, epochs, learning rate, its drops and their factor, L2.
