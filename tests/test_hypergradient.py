@@ -1,8 +1,9 @@
 """The four hypergradients against central differences of an inner loop written out anew.
 
-All in float64, on four layers (the lower three equal, so that they run as a loop, which the
-written-out one has not) with two candidate heads, smooth but for one test, and with everything that the search has: BatchNorm,
-momentum that is not zero at the start, weight decay, a learning rate that changes each step.
+All in float64, smooth but for one test, on four layers with two candidate heads. The lower three
+layers are equal: ours run as a loop, the oracle's do not. There is everything that the search
+has: BatchNorm, momentum that is not zero at the start, weight decay, a learning rate that changes
+each step.
 """
 
 import functools
