@@ -149,7 +149,9 @@ def finite_difference_gradient(displacement: float = 0.01) -> InnerGradient:
     Going backwards, one needs the gradient of <v, g(theta, decisions)> for a direction v in
     weight space, g being the blended gradient. That inner product is the derivative along v of
     `_displaced_losses`, so its gradient is that of a difference of two losses: first derivatives
-    only. On a smooth network the error falls with the square of the displacement.
+    only. On a smooth network the error falls with the square of the displacement. With ReLU a
+    unit that is crossed over counts too, which the second derivative leaves out: over few
+    examples on small maps the two can differ by as much as the gradient itself.
 
     Args:
       displacement: how far the weights are moved along v, in the norm of all weights.
