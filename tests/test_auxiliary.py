@@ -89,6 +89,53 @@ def test_kernel_shapes():
     assert _kernel_shapes("mlp_sr", 8, 6) == sorted([(1, 1, 6, 6)] * 3 + hidden)
 
 
+# REFERENCE section 3.2, on 16 channels: p = 16 / reduction, and the third depth widens by p/2.
+_SEPCONV_FIRST = {4: [(1, 1, 16, 4), (3, 3, 1, 4)], 1: [(1, 1, 16, 16), (3, 3, 1, 16)]}
+_SEPCONV_RESIDUALS = {
+    4: [
+        [(1, 1, 4, 16), (3, 3, 1, 16), (1, 1, 16, 4)],
+        [(1, 1, 4, 16), (3, 3, 1, 16), (1, 1, 16, 6)],
+        [(1, 1, 6, 24), (3, 3, 1, 24), (1, 1, 24, 6)],
+    ],
+    1: [
+        [(1, 1, 16, 16), (3, 3, 1, 16), (1, 1, 16, 16)],
+        [(1, 1, 16, 16), (3, 3, 1, 16), (1, 1, 16, 24)],
+        [(1, 1, 24, 24), (3, 3, 1, 24), (1, 1, 24, 24)],
+    ],
+}
+
+
+@pytest.mark.parametrize("reduction", [4, 1])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_sepconv_written_out(depth, reduction):
+    """Its kernels in order, and the height and width after each convolution."""
+    head = make_auxiliary(f"sepconv_{depth}", 10, features=8, reduction=reduction)
+    x = jax.ShapeDtypeStruct((2, 9, 9, 16), jnp.float32)
+
+    def outputs(x):
+        _, variables = head.init_with_output(
+            jax.random.key(0), x, train=False, capture_intermediates=True
+        )
+        return variables
+
+    variables = jax.eval_shape(outputs, x)
+    first, residuals = _SEPCONV_FIRST[reduction], _SEPCONV_RESIDUALS[reduction][: depth - 1]
+    kernels = [*first, *(kernel for residual in residuals for kernel in residual)]
+    kernels.append((1, 1, kernels[-1][-1], 8))
+    # 9 pixels, 5 after the first stride, 3 after that of the second residual.
+    sizes = [9, 5, *[5, 5, 5, 5, 3, 3, 3, 3, 3][: 3 * (depth - 1)]]
+    sizes.append(sizes[-1])
+    for index, (kernel, size) in enumerate(zip(kernels, sizes, strict=True)):
+        assert variables["params"][f"Conv_{index}"]["kernel"].shape == kernel
+        (output,) = variables["intermediates"][f"Conv_{index}"]["__call__"]
+        assert output.shape == (2, size, size, kernel[-1])
+        assert "bias" not in variables["params"][f"Conv_{index}"]
+    assert f"Conv_{len(kernels)}" not in variables["params"]
+    norms = [name for name in variables["params"] if name.startswith("BatchNorm")]
+    assert len(norms) == len(kernels)
+    assert variables["params"]["Dense_0"]["kernel"].shape == (8, 10)
+
+
 @pytest.mark.parametrize("name", ["mlp", "mlp_sr"])
 def test_max_hidden(name):
     capped = [shape for shape in _kernel_shapes(name, 8, 6, max_hidden=5) if len(shape) == 2]
