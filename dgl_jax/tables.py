@@ -175,6 +175,49 @@ def random_search_table(trials: Sequence[Mapping[str, Any]]) -> str:
     return _markdown(header, rows)
 
 
+def search_step_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The variants of `experiments/benchmark.py search_step`, one a row.
+
+    Args:
+      rows: ``estimator``, ``remat``, ``failure`` (a line, or None), and as far as it came:
+        ``compile_seconds``, ``xla_temp_bytes``, ``memory_before_bytes``, ``peak_memory_bytes``,
+        and ``step_seconds``, ``inner_step_seconds``, ``backprop_step_seconds``, one a repeat.
+
+    Returns:
+      A Markdown table.
+    """
+
+    def number(row: Mapping[str, Any], name: str, form: str, unit: float = 1) -> str:
+        return format(row[name] / unit, form) if row.get(name) is not None else "-"
+
+    header = ["estimator", "remat", "compile, s", "step, s (least to most)"]
+    header += ["inner step, s", "backprop step, s", "step / inner", "step / backprop"]
+    header += ["XLA's temporaries, MiB", "process before, MiB", "peak, MiB", "failed"]
+    cells = []
+    for row in rows:
+        names = ("step_seconds", "inner_step_seconds", "backprop_step_seconds")
+        seconds = [statistics.median(row[name]) if row.get(name) else None for name in names]
+        step, *others = [f"{x:.3g}" if x is not None else "-" for x in seconds]
+        if row.get("step_seconds"):
+            step += f" ({min(row['step_seconds']):.3g} to {max(row['step_seconds']):.3g})"
+        ratios = [f"{seconds[0] / x:.1f}" if x is not None else "-" for x in seconds[1:]]
+        cells.append(
+            [
+                row["estimator"],
+                "on" if row["remat"] else "off",
+                number(row, "compile_seconds", ".1f"),
+                step,
+                *others,
+                *ratios,
+                number(row, "xla_temp_bytes", ".0f", _MIB),
+                number(row, "memory_before_bytes", ".0f", _MIB),
+                number(row, "peak_memory_bytes", ".0f", _MIB),
+                row["failure"] or "",
+            ]
+        )
+    return _markdown(header, cells)
+
+
 def _percent(accuracy: Mapping[str, Any]) -> str:
     """``88.30 ± 0.21``; without a deviation for a single run."""
     text = f"{100 * accuracy['mean']:.2f}"
