@@ -1,7 +1,6 @@
 """A search from beginning to end: pretraining, outer steps, cuts and heads for any K."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -11,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from tqdm import auto as tqdm
 
 from dgl_jax import checkpoint, cost, metrics
@@ -34,9 +32,11 @@ from dgl_jax.sedona.hypergradient import ESTIMATORS, make_hypergradient
 from dgl_jax.sedona.inner import make_inner_step
 from dgl_jax.sedona.outer import (
     OuterState,
+    from_bytes,
     make_outer_optimizer,
     make_outer_step,
     snapshot_steps,
+    to_bytes,
 )
 from dgl_jax.sedona.plots import plot_search
 from dgl_jax.sedona.relaxation import init_state, init_variables, relax, relaxed_network
@@ -104,45 +104,43 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     weights = jax.jit(lambda key, x: init_state(relaxed, optimizer, key, x))(key, images)
     variables = init_variables(num_layers, len(candidates))
     undecided = jax.jit(relax)(variables)
-    # A snapshot is one vector: thousands of small arrays take long to move and to save. Its
-    # float32 holds the step counters too, which it can up to 2**24.
-    pack, unpack = jax.jit(lambda tree: ravel_pytree(tree)[0]), jax.jit(ravel_pytree(weights)[1])
     snapshot_memory = _snapshot_memory(settings, weights)
-    # Until pretraining gets to them, the snapshots are those of the first weights, so that every
+    device_memory = jax.tree.leaves(weights)[0].sharding
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+    outer_state = OuterState(variables, outer_optimizer.init(variables))
+    # Until pretraining gets to them, the snapshots are the first weights, so that every
     # checkpoint has one structure.
-    state = {
-        "outer": OuterState(variables, outer_optimizer.init(variables)),
-        "weights": pack(weights),
-        "snapshots": [
-            jax.device_put(pack(weights), snapshot_memory) for _ in range(settings.num_snapshots)
-        ],
-    }
-    device_memory = state["weights"].sharding
+    snapshots = [jax.device_put(copy(weights), snapshot_memory)] * settings.num_snapshots
     pretraining_step = jax.jit(make_inner_step(relaxed, optimizer), donate_argnums=0)
     hypergradient = make_hypergradient(
         ESTIMATORS[settings.hypergradient], relaxed, optimizer, remat=settings.remat
     )
-    unpacked_step = make_outer_step(relaxed, optimizer, outer_optimizer, hypergradient)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def outer_step(outer, snapshot, batches, validation, key):
-        outer, weights, scalars = unpacked_step(outer, unpack(snapshot), batches, validation, key)
-        return outer, pack(weights), scalars
-
+    outer_step = jax.jit(
+        make_outer_step(relaxed, optimizer, outer_optimizer, hypergradient), donate_argnums=(0, 1)
+    )
     probabilities = jax.jit(relax)
 
     # ---- What the folder holds already is gone on with.
-    checkpoint.check_disk_space(workdir, state, num_checkpoints=2)
+    saved = _to_save(outer_state, weights, snapshots)
+    checkpoint.check_disk_space(workdir, saved, num_checkpoints=2)
     config_json = json.dumps(to_dict(config), indent=2)
     metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
     write_summary(workdir, {"finished": False})
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
     first_step = 0
     record = {"pretraining_seconds": 0.0, "outer_seconds": 0.0, "compile_seconds": 0.0}
-    restored = checkpoint.restore_latest(checkpointer, state)
+    restored = checkpoint.restore_latest(checkpointer, saved)
     if restored is not None:
-        first_step, state, record = restored
-        weights = unpack(state["weights"])
+        first_step, saved, record = restored
+        outer_state = saved["outer"]
+        weights, *snapshots = [
+            jax.device_put(from_bytes(vector, weights), memory)
+            for vector, memory in zip(
+                (saved["weights"], *saved["snapshots"]),
+                (device_memory, *[snapshot_memory] * settings.num_snapshots),
+            )
+        ]
+    del saved
     num_steps = num_pretraining + num_outer
     checkpoint_every = config.checkpoint.every_steps or max(1, num_steps // 20)
     keep_after = {step: index for index, step in enumerate(snapshot_steps(settings))}
@@ -161,20 +159,19 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
                 phase, decisions = "pretrain", None
                 weights, losses = pretraining_step(weights, undecided, train.batch_at(step), key)
                 if step + 1 in keep_after:
-                    snapshot = jax.device_put(pack(weights), snapshot_memory)
-                    state["snapshots"][keep_after[step + 1]] = snapshot
+                    snapshots[keep_after[step + 1]] = jax.device_put(copy(weights), snapshot_memory)
                 scalars = {"layer_losses": losses}
             else:
                 phase, outer = "search", step - num_pretraining
                 index = _draw(config.seed, outer, settings.num_snapshots)
-                snapshot = jax.device_put(state["snapshots"][index], device_memory)
+                snapshot = jax.device_put(snapshots[index], device_memory)
                 start = num_pretraining + outer * (settings.num_inner_steps + 1)
                 batches = [train.batch_at(start + t) for t in range(settings.num_inner_steps + 1)]
-                state["outer"], snapshot, scalars = outer_step(
-                    state["outer"], snapshot, batches, held_out.batch_at(outer), key
+                outer_state, snapshot, scalars = outer_step(
+                    outer_state, snapshot, batches, held_out.batch_at(outer), key
                 )
-                state["snapshots"][index] = jax.device_put(snapshot, snapshot_memory)
-                decisions = probabilities(state["outer"].variables)
+                snapshots[index] = jax.device_put(snapshot, snapshot_memory)
+                decisions = probabilities(outer_state.variables)
             log.append(phase, scalars)
             step += 1
             is_saved = step % checkpoint_every == 0 or step in (num_pretraining, num_steps)
@@ -187,13 +184,14 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
                 record[name] += now - clock
                 record["compile_seconds"] += compiled - start_compile_seconds
                 clock, start_compile_seconds = now, compiled
-                state["weights"] = pack(weights)
-                checkpoint.save(checkpointer, step, state, top1=None, record=record)
+                saved = _to_save(outer_state, weights, snapshots)
+                checkpoint.save(checkpointer, step, saved, top1=None, record=record)
+                del saved
         checkpointer.wait()
         batch = train.batch_at(0)
 
     # ---- What came of it.
-    found = jax.device_get(state["outer"].variables)
+    found = jax.device_get(outer_state.variables)
     alpha, beta = (tuple(map(tuple, rows.tolist())) for rows in (found.alpha, found.beta))
     heads = [candidates[index] for index in np.argmax(found.beta, axis=1)]
     layer_flops, head_flops = cost.layer_and_head_costs(
@@ -228,7 +226,7 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
         "backprop_steps": settings.backprop_steps,
         "cost_in_backprop_trainings": search_seconds / training_seconds,
         "wall_seconds": time.perf_counter() - start_time,
-        "snapshot_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state["snapshots"])),
+        "snapshot_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(snapshots)),
         "snapshot_memory": snapshot_memory.memory_kind,
         "peak_memory_bytes": cost.peak_memory_bytes(),
         "variables_sha256": hashlib.sha256(
@@ -266,6 +264,16 @@ def _load_dataset(config: SearchConfig, batch_size: int, held_out: bool) -> Data
         mean=data.mean,
         std=data.std,
     )
+
+
+def _to_save(outer_state: OuterState, weights: Any, snapshots: list[Any]) -> dict[str, Any]:
+    """What a checkpoint holds. Of weights it has one vector, not thousands of small files."""
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    return {
+        "outer": outer_state,
+        "weights": jax.device_put(to_bytes(weights), host),
+        "snapshots": [jax.device_put(to_bytes(snapshot), host) for snapshot in snapshots],
+    }
 
 
 def _snapshot_memory(settings: SearchSettings, weights: Any) -> jax.sharding.Sharding:

@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
 import optax
 
 from dgl_jax.config import SearchSettings
@@ -89,3 +90,19 @@ def snapshot_steps(settings: SearchSettings) -> list[int]:
         return [num_steps * (index + 1) // count for index in range(count)]
     interval = settings.snapshot_interval
     return [num_steps - interval * (count - 1 - index) for index in range(count)]
+
+
+def to_bytes(tree: Any) -> np.ndarray:
+    """All leaves' bytes in tree order, uint8 [n], on the host."""
+    leaves = jax.device_get(jax.tree.leaves(tree))
+    return np.concatenate([np.ravel(leaf).view(np.uint8) for leaf in leaves])
+
+
+def from_bytes(vector: jax.Array, like: Any) -> Any:
+    """The inverse of `to_bytes`, numpy arrays in the structure of the tree ``like``."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([leaf.nbytes for leaf in leaves])
+    parts = np.split(jax.device_get(vector), ends[:-1])
+    return structure.unflatten(
+        [part.view(leaf.dtype).reshape(leaf.shape) for part, leaf in zip(parts, leaves)]
+    )
