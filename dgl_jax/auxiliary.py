@@ -392,7 +392,12 @@ def make_auxiliary(name: str, num_classes: int, *, dtype=None, **options: int) -
 
 
 def make_heads(
-    names: Sequence[str], num_classes: int, *, dtype=None, **options: int
+    names: Sequence[str],
+    num_classes: int,
+    *,
+    dtype=None,
+    field: str = "auxiliary.name",
+    **options: int,
 ) -> tuple[nn.Module, ...]:
     """Makes several heads of the table `AUXILIARY`, with the same options.
 
@@ -400,6 +405,7 @@ def make_heads(
       names: keys of `AUXILIARY`, at least one.
       num_classes: the logits' width.
       dtype: of the computation; None for the promoted dtype of input and parameters.
+      field: what the names are called in an error.
       **options: as in `make_auxiliary`; each goes to those heads that have it.
 
     Returns:
@@ -410,15 +416,13 @@ def make_heads(
     """
     for name in names:
         if name not in AUXILIARY:
-            raise UserError(
-                f"auxiliary.name={name} is unknown; choose one of {', '.join(AUXILIARY)}"
-            )
+            raise UserError(f"{field}={name} is unknown; choose one of {', '.join(AUXILIARY)}")
     has = {name: _options_of(name) for name in names}
     chosen = {option: value for option, value in options.items() if value != OPTIONS[option]}
     for option, value in chosen.items():
         if not any(option in parameters for parameters in has.values()):
             raise UserError(
-                f"auxiliary.{option}={value} does not apply to auxiliary.name={', '.join(has)}; "
+                f"auxiliary.{option}={value} does not apply to {field}={', '.join(has)}; "
                 f"leave it at {OPTIONS[option]}"
             )
     return tuple(

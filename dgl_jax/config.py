@@ -264,8 +264,10 @@ class SearchSettings:
     snapshot_interval: int = 80
     # Where they are kept: device, host, or auto (by their size).
     snapshot_memory: str = "auto"
-    # What the summary says of: K.
+    # What the summary says of: K, by the paper's rule, and with the slowest block bounded to so
+    # many times that of the most balanced cuts.
     num_blocks: tuple[int, ...] = (2, 4, 8)
+    max_imbalance: float = 1.25
     # The length of one training by backprop, in which the search's cost is stated.
     backprop_steps: int = 64_000
     log_every_steps: int = 20
@@ -296,6 +298,7 @@ _RESUMABLE = (
     "train.log_every_steps",
     "train.log_gradient_norm",
     "search.num_blocks",
+    "search.max_imbalance",
     "search.snapshot_memory",
     "search.backprop_steps",
     "search.log_every_steps",
@@ -769,6 +772,13 @@ def _check_optimizer_and_data(optimizer: OptimizerConfig, data: DataConfig) -> N
 def _check_search_together(config: SearchConfig) -> None:
     search, auxiliary, loss = config.search, config.auxiliary, config.loss
     _check_optimizer_and_data(config.optimizer, config.data)
+    if config.network.dtype != "float32":
+        raise UserError(
+            f"config.network.dtype={config.network.dtype}: in it the outer gradient is lost in "
+            "rounding; set config.network.dtype=float32"
+        )
+    if not 1 <= search.max_imbalance:
+        raise UserError(f"config.search.max_imbalance={search.max_imbalance} must be at least 1")
     if not search.candidates:
         raise UserError(
             "config.search.candidates=() must name a head or more; try ('mlp_sr',) to search "

@@ -118,10 +118,9 @@ def block_ranges(num_layers: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(bounds))
 
 
-def check_num_blocks(num_layers: int, num_blocks: int) -> None:
+def check_num_blocks(num_layers: int, num_blocks: int, field: str = "partition.num_blocks") -> None:
     """Raises UserError unless K is within 1..L."""
     if not 1 <= num_blocks <= num_layers:
         raise UserError(
-            f"partition.num_blocks={num_blocks} must be between 1 and the network's "
-            f"{num_layers} layers"
+            f"{field}={num_blocks} must be between 1 and the network's {num_layers} layers"
         )

@@ -24,10 +24,10 @@ from dgl_jax.methods import METHODS
 from dgl_jax.models import check_image_shape, make_network
 from dgl_jax.models.network import Network
 from dgl_jax.optim import make_optimizer
-from dgl_jax.partition import block_ranges, check_num_blocks
+from dgl_jax.partition import balanced_cuts, check_num_blocks, slowest_block_cost
 from dgl_jax.placement import make_placements
 from dgl_jax.run_folder import previous_run, write_summary
-from dgl_jax.sedona.discretise import discretise
+from dgl_jax.sedona.discretise import discretise, discretise_balanced
 from dgl_jax.sedona.hypergradient import ESTIMATORS, make_hypergradient
 from dgl_jax.sedona.inner import make_inner_step
 from dgl_jax.sedona.outer import (
@@ -64,12 +64,20 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: a mistake in the configuration, or a loss that is not finite.
     """
-    start_time, start_compile_seconds = time.perf_counter(), metrics.compile_seconds()
+    start_time = time.perf_counter()
     settings = config.search
 
-    # ---- The run's folder; a search that is finished already is not touched.
+    # ---- The run's folder; a search that is finished already is not touched. Where another K is
+    # asked of it, what follows the loop is done again from the last checkpoint.
     previous = previous_run(config, workdir)
-    if previous and previous["summary"].get("finished"):
+    if (
+        previous
+        and previous["summary"].get("finished")
+        and all(
+            previous["config"]["search"][name] == to_dict(config)["search"][name]
+            for name in ("num_blocks", "max_imbalance", "backprop_steps")
+        )
+    ):
         return previous["summary"]
 
     # ---- Data: the weights learn on one side of the split, the decision variables on the other.
@@ -89,9 +97,15 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     check_image_shape(network, train.image_shape)
     num_layers = len(network.layers)
     for num_blocks in settings.num_blocks:
-        check_num_blocks(num_layers, num_blocks)
+        check_num_blocks(num_layers, num_blocks, "config.search.num_blocks")
     options = {option: getattr(config.auxiliary, option) for option in OPTIONS}
-    candidates = make_heads(settings.candidates, train.num_classes, dtype=dtype, **options)
+    candidates = make_heads(
+        settings.candidates,
+        train.num_classes,
+        dtype=dtype,
+        field="config.search.candidates",
+        **options,
+    )
     loss_fn = make_loss_fn(config.loss)
     relaxed = relaxed_network(network, candidates, loss_fn)
 
@@ -103,7 +117,8 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     images = jnp.zeros((settings.batch_size, *train.image_shape))
     weights = jax.jit(lambda key, x: init_state(relaxed, optimizer, key, x))(key, images)
     variables = init_variables(num_layers, len(candidates))
-    undecided = jax.jit(relax)(variables)
+    probabilities = jax.jit(relax)
+    undecided = probabilities(variables)
     snapshot_memory = _snapshot_memory(settings, weights)
     device_memory = jax.tree.leaves(weights)[0].sharding
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -118,7 +133,6 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     outer_step = jax.jit(
         make_outer_step(relaxed, optimizer, outer_optimizer, hypergradient), donate_argnums=(0, 1)
     )
-    probabilities = jax.jit(relax)
 
     # ---- What the folder holds already is gone on with.
     saved = _to_save(outer_state, weights, snapshots)
@@ -148,7 +162,7 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
 
     # ---- The loop. The host only dispatches; the guard proves that nothing crosses between
     # host and devices unasked.
-    clock = time.perf_counter()
+    clock, compiled_before = time.perf_counter(), metrics.compile_seconds()
     with contextlib.ExitStack() as stack:
         for close in (train.close, held_out.close, log.close):
             stack.callback(close)
@@ -182,8 +196,8 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
                 now, compiled = time.perf_counter(), metrics.compile_seconds()
                 name = "pretraining_seconds" if phase == "pretrain" else "outer_seconds"
                 record[name] += now - clock
-                record["compile_seconds"] += compiled - start_compile_seconds
-                clock, start_compile_seconds = now, compiled
+                record["compile_seconds"] += compiled - compiled_before
+                clock, compiled_before = now, compiled
                 saved = _to_save(outer_state, weights, snapshots)
                 checkpoint.save(checkpointer, step, saved, top1=None, record=record)
                 del saved
@@ -197,10 +211,25 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     layer_flops, head_flops = cost.layer_and_head_costs(
         network, heads, train.image_shape, settings.batch_size, "flops"
     )
-    groupings = {
-        str(num_blocks): _grouping(settings, alpha, beta, num_blocks, layer_flops, head_flops)
-        for num_blocks in settings.num_blocks
-    }
+    groupings, balanced_groupings = {}, {}
+    for num_blocks in settings.num_blocks:
+        best = balanced_cuts(layer_flops, head_flops, num_blocks)
+        bound = settings.max_imbalance * slowest_block_cost(layer_flops, head_flops, best)
+        for into, found_cuts in (
+            (groupings, discretise(alpha, beta, num_blocks)),
+            (
+                balanced_groupings,
+                discretise_balanced(alpha, beta, num_blocks, layer_flops, head_flops, bound),
+            ),
+        ):
+            into[str(num_blocks)] = {
+                "cuts": list(found_cuts.cuts),
+                "heads": [settings.candidates[head] for head in found_cuts.heads],
+                "margin": found_cuts.margin,
+                # Of the network's own FLOPs; its inverse bounds the speed-up by parallel blocks.
+                "slowest_block": slowest_block_cost(layer_flops, head_flops, found_cuts.cuts)
+                / (sum(layer_flops) + head_flops[-1]),
+            }
     backprop_seconds = _backprop_step_seconds(config, network, optimizer, batch)
     training_seconds = settings.backprop_steps * backprop_seconds
     search_seconds = record["pretraining_seconds"] + record["outer_seconds"]
@@ -217,6 +246,8 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
         "outer_steps": num_outer,
         "inner_steps": settings.num_inner_steps,
         "groupings": groupings,
+        "max_imbalance": settings.max_imbalance,
+        "balanced_groupings": balanced_groupings,
         "layer_flops": layer_flops,
         "head_flops": head_flops,
         "pretraining_seconds": record["pretraining_seconds"],
@@ -238,7 +269,7 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     write_result(
         os.path.join(workdir, RESULT_FILE),
         SearchResult(config.network.name, settings.candidates, alpha, beta),
-        {"groupings": groupings, "config": to_dict(config)},
+        {"groupings": groupings, "balanced_groupings": balanced_groupings},
     )
     plot_search(workdir, summary)
     write_summary(workdir, summary)  # Last: a search is finished when all its files are there.
@@ -304,22 +335,6 @@ def _backprop_step_seconds(
     works = [make_block_step(blocks[0], optimizer)]
     (seconds,) = cost.block_step_seconds(blocks, works, [state], batch, placements)
     return seconds
-
-
-def _grouping(settings, alpha, beta, num_blocks, layer_flops, head_flops) -> dict[str, Any]:
-    """For summary.json: the cuts and heads, and how even the blocks are."""
-    found = discretise(alpha, beta, num_blocks)
-    blocks = [
-        sum(layer_flops[first:end]) + head_flops[end - 1]
-        for first, end in block_ranges(len(layer_flops), found.cuts)
-    ]
-    return {
-        "cuts": list(found.cuts),
-        "heads": [settings.candidates[head] for head in found.heads],
-        "margin": found.margin,
-        # Of the network's own FLOPs; its inverse bounds the speed-up of blocks in parallel.
-        "slowest_block": max(blocks) / (sum(layer_flops) + head_flops[-1]),
-    }
 
 
 class _SearchLog:

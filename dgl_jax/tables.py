@@ -235,9 +235,12 @@ def search_table(summary: Mapping[str, Any]) -> str:
     """
     header = ["K", "cut after layers", "heads", "margin of the last cut", "slowest block, FLOPs"]
     rows = []
-    for num_blocks, found in summary["groupings"].items():
+    bound = f", slowest block within {summary['max_imbalance']:g} x the best"
+    groupings = [(num_blocks, found) for num_blocks, found in summary["groupings"].items()]
+    groupings += [(k + bound, found) for k, found in summary["balanced_groupings"].items()]
+    for num_blocks, found in groupings:
         margin = found["margin"]
-        near_tie = " (near-tie)" if margin is not None and margin < NEAR_TIE else ""
+        near_tie = " (near-tie)" if margin is not None and 0 <= margin < NEAR_TIE else ""
         rows.append(
             [
                 num_blocks,

@@ -20,7 +20,7 @@ from conftest import SmallHead, SmallLayer
 from jax.flatten_util import ravel_pytree
 
 from dgl_jax.auxiliary import make_auxiliary
-from dgl_jax.config import LossConfig, OptimizerConfig
+from dgl_jax.config import LossConfig, OptimizerConfig, SearchSettings
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.models.layers import Conv, batch_norm
 from dgl_jax.optim import make_optimizer
@@ -31,7 +31,8 @@ from dgl_jax.sedona.hypergradient import (
     make_hypergradient,
     validation_loss,
 )
-from dgl_jax.sedona.inner import blended_gradient, equal_layers
+from dgl_jax.sedona.inner import blended_gradient, equal_layers, make_inner_step
+from dgl_jax.sedona.outer import OuterState, make_outer_optimizer, make_outer_step
 from dgl_jax.sedona.relaxation import (
     DecisionVariables,
     RelaxedNetwork,
@@ -307,8 +308,11 @@ def _error(actual, expected):
         ("unrolled", 2),
         ("unrolled", 5),
         ("first_order", 1),
+        pytest.param("first_order", 2, marks=pytest.mark.slow),
         ("first_order", 5),
+        pytest.param("official", 1, marks=pytest.mark.slow),
         ("official", 2),
+        pytest.param("official", 5, marks=pytest.mark.slow),
     ],
 )
 def test_equals_central_differences(smooth, computed, name, num_steps):
@@ -419,6 +423,35 @@ def test_second_call_compiles_nothing_and_the_state_is_not_changed(smooth, compi
     assert not [r for r in caplog.records if "Finished" in r.getMessage()]
     assert second[1]["validation_loss"] != first[1]["validation_loss"]
     jax.tree.map(np.testing.assert_array_equal, before, smooth.state)
+
+
+def test_an_outer_step_is_adam_on_the_variables_and_one_inner_step_of_the_snapshot(
+    smooth, computed
+):
+    settings = SearchSettings()
+    outer_optimizer = make_outer_optimizer(settings)
+    step = make_outer_step(
+        smooth.network,
+        smooth.optimizer,
+        outer_optimizer,
+        make_hypergradient(ESTIMATORS["unrolled"], smooth.network, smooth.optimizer),
+    )
+    variables, state, batches, validation, key = _arguments(smooth, 2)
+    before = OuterState(variables, outer_optimizer.init(variables))
+    batches = [*batches, smooth.batches[-1]]
+    outer, snapshot, _ = _jit(step)(before, state, batches, validation, key)
+    # Adam's first update, by hand: the step is the rate, but for the term under the root.
+    gradient = computed("unrolled", 2) + settings.weight_decay * ravel_pytree(variables)[0]
+    moved = -settings.learning_rate * gradient / (jnp.abs(gradient) + 1e-8)
+    np.testing.assert_allclose(
+        ravel_pytree(outer.variables)[0], ravel_pytree(variables)[0] + moved, rtol=1e-9
+    )
+    expected, _ = _jit(make_inner_step(smooth.network, smooth.optimizer))(
+        state, relax(outer.variables), batches[-1], key
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), snapshot, expected
+    )
 
 
 @pytest.mark.slow

@@ -59,12 +59,20 @@ def _compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(arrays_path, tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("search"))
-    return folder, search(_config(arrays_path), folder)
+    folder, to_save = str(tmp_path_factory.mktemp("search")), search_module._to_save
+
+    def spy(outer_state, weights, snapshots):
+        counters[:] = [int(snapshot.step) for snapshot in snapshots]
+        return to_save(outer_state, weights, snapshots)
+
+    counters = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(search_module, "_to_save", spy)
+        return folder, search(_config(arrays_path), folder), counters
 
 
 def test_what_a_search_leaves(finished):
-    folder, summary = finished
+    folder, summary, _ = finished
     result = load_result(os.path.join(folder, RESULT_FILE), "cnn4", 4)
     assert result.candidates == ("pred", "mlp")
     assert set(summary["groupings"]) == {"2", "3"}
@@ -88,7 +96,7 @@ def test_what_a_search_leaves(finished):
 
 
 def test_a_finished_search_is_not_touched(finished, arrays_path, monkeypatch):
-    folder, summary = finished
+    folder, summary, _ = finished
     monkeypatch.setattr(search_module, "_load_dataset", None)
     assert search(_config(arrays_path), folder) == json.loads(json.dumps(summary))
 
@@ -113,13 +121,25 @@ def test_a_killed_search_goes_on_bitwise(
     monkeypatch.setattr(checkpoint, "save", save)
     # Where snapshots lie changes no number, and may change on the way.
     gone_on = search(_config(arrays_path, snapshot_memory="host"), str(tmp_path))
-    folder, uninterrupted = finished
+    folder, uninterrupted, _ = finished
     assert gone_on["variables_sha256"] == uninterrupted["variables_sha256"]
     assert gone_on["snapshot_memory"] == "pinned_host"
     lines, expected = (
         read_metrics(os.path.join(where, "metrics.jsonl")) for where in (tmp_path, folder)
     )
     assert lines == expected
+    if killed_after == 8:  # Asked for another K, a finished search searches nothing again.
+        again = search(_config(arrays_path, num_blocks=(4,)), str(tmp_path))
+        assert set(again["groupings"]) == set(again["balanced_groupings"]) == {"4"}
+        assert again["variables_sha256"] == uninterrupted["variables_sha256"]
+        assert again["outer_seconds"] == gone_on["outer_seconds"]
+
+
+def test_each_outer_step_draws_a_snapshot_and_stores_it_a_step_further_on(finished):
+    _, _, counters = finished
+    draws = [search_module._draw(0, outer_step, 3) for outer_step in range(4)]
+    assert len(set(draws)) > 1
+    assert counters == [2 + draws.count(0), 4 + draws.count(1), 6 + draws.count(2)]
 
 
 def test_when_snapshots_are_kept():
@@ -161,6 +181,7 @@ def test_the_decision_variables_learn_on_other_images_than_the_weights(arrays_pa
         ("search", "hypergradient", "darts", "must be one of unrolled, first_order"),
         ("search", "num_inner_steps", 0, "config.search.num_inner_steps=0 must be at least 1"),
         ("data", "validation_fraction", 0.0, "config.data.validation_fraction=0.0 must be above 0"),
+        ("network", "dtype", "bfloat16", "set config.network.dtype=float32"),
         ("loss", "name", "predsim", "its losses are cross-entropies"),
         ("auxiliary", "name", "mlp", "a search's heads are config.search.candidates"),
         ("search", "num_inner_step", 1, "did you mean config.search.num_inner_steps"),
@@ -174,10 +195,10 @@ def test_mistakes_that_are_found_at_once(arrays_path, section, field, value, mes
 
 
 def test_mistakes_that_need_the_network(arrays_path, tmp_path):
-    with pytest.raises(UserError, match="partition.num_blocks=5 must be between 1 and"):
+    with pytest.raises(UserError, match="config.search.num_blocks=5 must be between 1 and"):
         search(_config(arrays_path, num_blocks=(5,)), str(tmp_path))
     with pytest.raises(UserError, match="batch_size=97 must not exceed the 96 held-out examples"):
         search(_config(arrays_path, validation_batch_size=97), str(tmp_path))
-    with pytest.raises(UserError, match="auxiliary.name=nothing is unknown"):
+    with pytest.raises(UserError, match="config.search.candidates=nothing is unknown"):
         search(_config(arrays_path, candidates=("nothing",)), str(tmp_path))
     assert os.listdir(tmp_path) == []

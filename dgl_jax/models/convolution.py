@@ -39,7 +39,7 @@ def conv_general_dilated(
     2-D convolution takes one of three other forms: a 1x1 kernel is a strided slice and a
     matrix product, a larger one has its two gradients written out, and a depthwise one (one
     kernel a channel) is a sum over the kernel's places.
-    Reverse mode works to any order; forward mode (``jvp``) does not work for the second form.
+    Reverse mode works to any order; forward mode (``jvp``) works for the first form only.
 
     Args:
       lhs: the input, [B, H, W, C] for the faster forms.

@@ -18,7 +18,8 @@ Expected (SEDONA's Table 2, K = 4, as TRGL quotes it; test accuracy, %):
     resnet152   62.32       57.64    64.10
 
 Known differences: those of sedona_cifar10.py; bfloat16 instead of float16 with a loss scale; no
-rotations (there up to 20 degrees); nothing is held out.
+rotations (there up to 20 degrees); nothing is held out; no row
+of PredSim, whose published recipe (Adam, 40 classes a batch at first) is not built.
 
 short: the 3,000 images of Imagenette in TFDS_DIR (imagenette/320px-v2) at 64x64, a quarter of the
 width, two epochs, in float32: 10 classes, and no more than that it learns. Seen on two CPU cores:
