@@ -74,7 +74,7 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
         previous
         and previous["summary"].get("finished")
         and all(
-            previous["config"]["search"][name] == to_dict(config)["search"][name]
+            previous["config"]["search"].get(name) == to_dict(config)["search"][name]
             for name in ("num_blocks", "max_imbalance", "backprop_steps")
         )
     ):
