@@ -115,7 +115,7 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     outer_optimizer = make_outer_optimizer(settings)
     key = jax.random.key(config.seed)
     images = jnp.zeros((settings.batch_size, *train.image_shape))
-    weights = jax.jit(lambda key, x: init_state(relaxed, optimizer, key, x))(key, images)
+    weights = init_state(relaxed, optimizer, key, images)
     variables = init_variables(num_layers, len(candidates))
     probabilities = jax.jit(relax)
     undecided = probabilities(variables)

@@ -154,7 +154,7 @@ def _measure_search_step(folder: pathlib.Path, estimator: str, remat: str) -> No
     batches = [_batch(step, _BATCH_SIZE.value) for step in range(_INNER_STEPS.value)]
     validation = _batch(_INNER_STEPS.value, _VALIDATION_BATCH_SIZE.value)
     variables = init_variables(len(network.layers), len(relaxed.candidates))
-    state = jax.jit(lambda: init_state(relaxed, optimizer, key, batches[0].images))()
+    state = init_state(relaxed, optimizer, key, batches[0].images)
 
     # ---- The outer step comes first: what follows would add to the peak.
     hypergradient = make_hypergradient(

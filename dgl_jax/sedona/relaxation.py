@@ -6,6 +6,7 @@ gradient, or the one from above), and which of M candidate heads gives the local
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -102,20 +103,24 @@ def init_state(
       The state before the first inner step. Its parameters (and statistics) are
       ``{"layers": L trees, "candidates": L - 1 tuples of M trees, "head": tree}``.
     """
+    # A program for each kind of module and shape, not one for all: a deep network has few kinds.
+    init = jax.jit(init_module, static_argnums=0)
     layers, candidates = [], []
     for place, layer in enumerate(network.layers):
-        params, stats = init_module(layer, jax.random.fold_in(key, place), x)
+        params, stats = init(layer, jax.random.fold_in(key, place), x)
         layers.append((params, stats))
-        x, _ = apply_module(layer, params, stats, x, train=False)
+        run = functools.partial(apply_module, layer, train=False)
+        y, _ = jax.eval_shape(run, params, stats, x)
+        x = jnp.zeros(y.shape, y.dtype)
         place_key = head_key(key, place)
         if place < len(network.layers) - 1:
             candidates.append(
                 [
-                    init_module(candidate, jax.random.fold_in(place_key, index), x)
+                    init(candidate, jax.random.fold_in(place_key, index), x)
                     for index, candidate in enumerate(network.candidates)
                 ]
             )
-    head = init_module(network.head, place_key, x)
+    head = init(network.head, place_key, x)
 
     def part(index):
         return {
