@@ -22,6 +22,7 @@ from dgl_jax.losses import logits_of
 from dgl_jax.pipeline import Runner, bound_in_flight, make_logits
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import BACKWARD, FORWARD, UPDATE, Schedule, Task
+from dgl_jax.transfer import move
 from dgl_jax.types import BlockState, TrainState
 
 
@@ -179,7 +180,7 @@ def make_runner(
     """Runs forward and backward passes as programs of their own, each where its block lives.
 
     Fused and pipelined runs are the same programs in the same order, on one mesh or several;
-    activations move up and gradients down by device_put. The host only dispatches.
+    activations move up and gradients down between them. The host only dispatches.
 
     States are donated to the backward passes. What the forward passes kept is not: hardly any
     output has its shape. It is freed when the queue lets go of it.
@@ -262,7 +263,7 @@ def make_runner(
             block, placement = task.block, placements[task.block]
             before, key = states[block], keys[block]
             if task.operation == FORWARD:
-                x = jax.device_put(x, placement.batch)
+                x = move(x, placement.batch)
                 batch_number = jax.device_put(np.int32(task.batch), placement.state)
                 x, batch_stats, arrays = forwards[block](
                     before.params, before.batch_stats, x, batch_number, key
@@ -273,10 +274,10 @@ def make_runner(
             if task.operation == BACKWARD:
                 inputs = (kept[block][0], gradients[block])
             else:
-                inputs = jax.device_put((x, batch.labels), placement.batch)
+                inputs = (move(x, placement.batch), jax.device_put(batch.labels, placement.batch))
             states[block], input_gradient, block_metrics = updates[block](before, *inputs, key)
             if block:
-                gradients[block - 1] = jax.device_put(input_gradient, placements[block - 1].batch)
+                gradients[block - 1] = move(input_gradient, placements[block - 1].batch)
             if block_metrics:
                 metrics[block] = block_metrics
         # The oldest slot has been used, or was one of zeros.

@@ -20,6 +20,7 @@ from dgl_jax.auxiliary import (
 from dgl_jax.config import LOCAL_METHODS, Config, SearchConfig
 from dgl_jax.errors import UserError
 from dgl_jax.methods import METHODS
+from dgl_jax.models import make_network
 from dgl_jax.models.network import Network
 from dgl_jax.partition import (
     balanced_cuts,
@@ -112,6 +113,19 @@ def make_classifiers(config: Config, names: Sequence[str], num_classes: int) -> 
     # Without cuts, too, a mistake in the one name is found.
     made = names or (config.auxiliary.name,)
     return make_heads(made, num_classes, dtype=compute_dtype(config), **options)[: len(names)]
+
+
+def configured_network(config: Config | SearchConfig, num_classes: int) -> Network:
+    """The network that ``config.network`` asks for."""
+    options = config.network
+    return make_network(
+        options.name,
+        num_classes,
+        form=options.form,
+        width_factor=options.width_factor,
+        dropout=options.dropout,
+        dtype=compute_dtype(config),
+    )
 
 
 def compute_dtype(config: Config | SearchConfig) -> Any:

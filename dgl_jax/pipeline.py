@@ -18,6 +18,7 @@ from dgl_jax.block import Block, init_block_state, make_block_eval, make_block_f
 from dgl_jax.config import Config
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import UPDATE, Task
+from dgl_jax.transfer import move
 from dgl_jax.types import Batch, BlockState, Metrics, StepOutput, TrainState
 
 BatchAt = Callable[[int], Batch]
@@ -97,10 +98,12 @@ def make_logits(blocks: Sequence[Block], placements: Sequence[BlockPlacement]) -
     """Returns `Runner.logits`: one program where all blocks live together, else one a block."""
     evaluates = [make_block_eval(block) for block in blocks]
 
-    def run(block_states, images, evaluates, move):
+    def run(block_states, images, evaluates, to_block):
         x, heads = images, {}
         for block, state, evaluate in zip(blocks, block_states, evaluates, strict=True):
-            x, logits = evaluate(state.params, state.batch_stats, move(x, placements[block.index]))
+            x, logits = evaluate(
+                state.params, state.batch_stats, to_block(x, placements[block.index])
+            )
             if block.classifies:
                 heads[block.index] = logits
         return heads
@@ -114,8 +117,9 @@ def make_logits(blocks: Sequence[Block], placements: Sequence[BlockPlacement]) -
     programs = [jax.jit(evaluate) for evaluate in evaluates]
 
     def logits(block_states, images):
-        move = lambda x, placement: jax.device_put(x, placement.batch)
-        return jax.device_put(run(block_states, images, programs, move), placements[-1].batch)
+        to_block = lambda x, placement: move(x, placement.batch)
+        heads = run(block_states, images, programs, to_block)
+        return {block: move(logits, placements[-1].batch) for block, logits in heads.items()}
 
     return logits
 
@@ -180,7 +184,7 @@ def make_pipelined_runner(
     key: jax.Array,
     placements: Sequence[BlockPlacement],
 ) -> Runner:
-    """One program a block, each on its own mesh; activations move by device_put.
+    """One program a block, each on its own mesh; activations move from mesh to mesh.
 
     The host only dispatches. A block starts as soon as its input has arrived and its own
     previous update is done, so block 0 works on step t + 1 while block 1 works on step t.
@@ -216,7 +220,7 @@ def make_pipelined_runner(
         x = batch.images
         for task in tasks:
             block = task.block
-            x = jax.device_put(x, placements[block].batch)
+            x = move(x, placements[block].batch)
             if task.operation == UPDATE:
                 labels = jax.device_put(batch.labels, placements[block].batch)
                 output = updates[block](states[block], x, labels, keys[block])

@@ -18,10 +18,10 @@ from dgl_jax.block import init_block_state, make_block_step
 from dgl_jax.config import PlacementConfig, SearchConfig, SearchSettings, to_dict
 from dgl_jax.data import Dataset, load_dataset
 from dgl_jax.errors import not_finite_error
-from dgl_jax.grouping import compute_dtype
+from dgl_jax.grouping import compute_dtype, configured_network
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods import METHODS
-from dgl_jax.models import check_image_shape, make_network
+from dgl_jax.models import check_image_shape
 from dgl_jax.models.network import Network
 from dgl_jax.optim import make_optimizer
 from dgl_jax.partition import balanced_cuts, check_num_blocks, slowest_block_cost
@@ -86,14 +86,7 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
 
     # ---- The network, and all that it may be made of.
     dtype = compute_dtype(config)
-    network = make_network(
-        config.network.name,
-        train.num_classes,
-        form=config.network.form,
-        width_factor=config.network.width_factor,
-        dropout=config.network.dropout,
-        dtype=dtype,
-    )
+    network = configured_network(config, train.num_classes)
     check_image_shape(network, train.image_shape)
     num_layers = len(network.layers)
     for num_blocks in settings.num_blocks:

@@ -21,10 +21,15 @@ from dgl_jax.auxiliary import head_for_loss
 from dgl_jax.config import LOCAL_METHODS, Config, to_dict
 from dgl_jax.data import Dataset, load_dataset
 from dgl_jax.errors import UserError, WorkerError, not_finite_error
-from dgl_jax.grouping import choose_cuts_and_heads, compute_dtype, make_classifiers
+from dgl_jax.grouping import (
+    choose_cuts_and_heads,
+    compute_dtype,
+    configured_network,
+    make_classifiers,
+)
 from dgl_jax.losses import SIMILARITY_LOSSES, local_losses, make_loss_fns
 from dgl_jax.methods import METHODS
-from dgl_jax.models import check_image_shape, make_network
+from dgl_jax.models import check_image_shape
 from dgl_jax.optim import make_optimizer, make_schedule
 from dgl_jax.pipeline import activation_shapes, init_states
 from dgl_jax.run_folder import previous_run, write_summary
@@ -67,14 +72,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
 
     # ---- Network, cuts, blocks.
     dtype = compute_dtype(config)
-    network = make_network(
-        config.network.name,
-        dataset.num_classes,
-        form=config.network.form,
-        width_factor=config.network.width_factor,
-        dropout=config.network.dropout,
-        dtype=dtype,
-    )
+    network = configured_network(config, dataset.num_classes)
     check_image_shape(network, dataset.image_shape)
     if previous:  # Measured costs may differ by now, and a search's file be gone.
         resolved = previous["config"]["resolved"]

@@ -9,8 +9,9 @@ random.
 
 search_step: one outer step of SEDONA's search (the hypergradient after T inner steps) for each
 estimator, with and without remat, and beside it one inner step and one step of plain backprop of
-the same network and batch. Each variant has a process of its own, whose peak memory is thus its
-own; one that is killed, lacks memory or runs past --timeout_s is in the table as failed.
+the same network and batch. Each variant has two processes of its own: one compiles, the other
+takes the program from a cache and runs it, so that its peak memory is that of running alone. A
+variant that is killed, lacks memory or runs past --timeout_s is in the table as failed.
 """
 
 import json
@@ -18,6 +19,7 @@ import os
 import pathlib
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -63,7 +65,7 @@ _VALIDATION_BATCH_SIZE = flags.DEFINE_integer(
 _INNER_STEPS = flags.DEFINE_integer("inner_steps", 5, "T.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs, after one to warm up.", lower_bound=1)
 _TIMEOUT = flags.DEFINE_float("timeout_s", 3600, "Of one variant, its compilation included.")
-# What a process of one variant is given: ESTIMATOR,on or ESTIMATOR,off.
+# What a process of one variant is given: ESTIMATOR,on,compile; "off" for "on", "run" after it.
 _VARIANT = flags.DEFINE_list("variant", None, "For its own use.")
 
 _NUM_CLASSES = 10
@@ -111,15 +113,19 @@ def _run_variant(folder: pathlib.Path, estimator: str, remat: str) -> tuple[dict
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     log = path.with_suffix(".log")
-    command = [sys.executable, *sys.argv, f"--variant={estimator},{remat}"]
     failure, is_expected = None, True
     with open(log, "w") as file:
         try:
-            code = subprocess.run(
-                command, check=False, stdout=file, stderr=file, timeout=_TIMEOUT.value
-            ).returncode
+            for part in ("compile", "run"):
+                command = [sys.executable, *sys.argv, f"--variant={estimator},{remat},{part}"]
+                code = subprocess.run(
+                    command, check=False, stdout=file, stderr=file, timeout=_TIMEOUT.value
+                ).returncode
+                if code:
+                    break
         except subprocess.TimeoutExpired:
             code, failure = 0, f"ran past {_TIMEOUT.value:g} s"
+    shutil.rmtree(_cache(path), ignore_errors=True)  # Another measurement compiles again.
     if code:
         text = log.read_text()
         out_of_memory = ("RESOURCE_EXHAUSTED", "bad_alloc", "out of memory", "Out of memory")
@@ -136,14 +142,16 @@ def _run_variant(folder: pathlib.Path, estimator: str, remat: str) -> tuple[dict
     return row, is_expected
 
 
-def _measure_search_step(folder: pathlib.Path, estimator: str, remat: str) -> None:
+def _measure_search_step(folder: pathlib.Path, estimator: str, remat: str, part: str) -> None:
     """Measures one variant; writes what it has after each part, as the next may be its end."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    measured = {}
+    path = _variant_path(folder, estimator, remat)
+    jax.config.update("jax_compilation_cache_dir", str(_cache(path)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 10)
+    measured = json.loads(path.read_text()) if part == "run" else {}
 
     def keep(**numbers):
         measured.update(numbers)
-        write_atomically(str(_variant_path(folder, estimator, remat)), json.dumps(measured))
+        write_atomically(str(path), json.dumps(measured))
 
     keep(device=jax.devices()[0].device_kind)
     network = make_network(_NETWORK.value, _NUM_CLASSES, width_factor=_WIDTH_FACTOR.value)
@@ -163,12 +171,14 @@ def _measure_search_step(folder: pathlib.Path, estimator: str, remat: str) -> No
     arguments = (variables, state, batches, validation, key)
     start = time.perf_counter()
     compiled = jax.jit(hypergradient).lower(*arguments).compile()
-    analysis = compiled.memory_analysis()
-    keep(
-        compile_seconds=time.perf_counter() - start,
-        xla_temp_bytes=analysis and analysis.temp_size_in_bytes,
-        memory_before_bytes=cost.peak_memory_bytes(),
-    )
+    if part == "compile":
+        analysis = compiled.memory_analysis()
+        keep(
+            compile_seconds=time.perf_counter() - start,
+            xla_temp_bytes=analysis and analysis.temp_size_in_bytes,
+        )
+        return
+    keep(memory_before_bytes=cost.peak_memory_bytes())
     step_seconds = _seconds(lambda: compiled(*arguments))
     keep(step_seconds=step_seconds, peak_memory_bytes=cost.peak_memory_bytes())
 
@@ -187,6 +197,10 @@ def _measure_search_step(folder: pathlib.Path, estimator: str, remat: str) -> No
 
 def _variant_path(folder: pathlib.Path, estimator: str, remat: str) -> pathlib.Path:
     return folder / "search_step" / f"{estimator}_remat_{remat}.json"
+
+
+def _cache(variant_path: pathlib.Path) -> pathlib.Path:
+    return variant_path.with_suffix(".cache")
 
 
 def _batch(seed: int, size: int) -> Batch:
@@ -217,7 +231,7 @@ def _search_step_text(content: dict[str, Any]) -> str:
         f"{', '.join(sorted(devices)) or 'unknown device'}, {content['num_cpus']} CPUs, "
         f"jax {content['jax']}. Seconds are the median "
         f"of {_REPEATS.value}. Peak: of the device, or on a CPU of the whole process, which has "
-        '"process before" once the step is compiled.'
+        '"process before" when it has loaded the compiled step.'
     )
     table = search_step_table(content["rows"])
     return "\n\n".join([title, table, notes, f"    {content['command']}\n"])

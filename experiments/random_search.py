@@ -28,9 +28,9 @@ from dgl_jax import cli
 from dgl_jax.auxiliary import OPTIONS, make_heads, options_that_apply
 from dgl_jax.config import AuxiliaryConfig, Config, PartitionConfig, from_dict, to_dict
 from dgl_jax.errors import UserError
+from dgl_jax.grouping import configured_network
 from dgl_jax.losses import local_losses
 from dgl_jax.metrics import write_atomically
-from dgl_jax.models import make_network
 from dgl_jax.processes import finished_summary, train_in_process
 from dgl_jax.sedona.random_groupings import count_groupings, draw_groupings
 from dgl_jax.tables import random_search_table
@@ -123,13 +123,7 @@ def _check(config: Config) -> int:
             "config.data.validation_fraction=0.0 leaves nothing to rank the trials by but the "
             "test set; try 0.1"
         )
-    network = make_network(
-        config.network.name,
-        10,
-        form=config.network.form,
-        width_factor=config.network.width_factor,
-        dropout=config.network.dropout,
-    )
+    network = configured_network(config, 10)
     num_layers = len(network.layers)
     total = count_groupings(num_layers, num_blocks, len(candidates))
     if _TRIALS.value is not None and _TRIALS.value > total:

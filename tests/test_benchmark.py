@@ -55,6 +55,7 @@ def test_one_variant_of_the_search_step(tmp_path):
         assert len(row[name]) == 2 and min(row[name]) > 0
     assert row["compile_seconds"] > max(row["step_seconds"])
     assert 0 < row["xla_temp_bytes"] < row["memory_before_bytes"] <= row["peak_memory_bytes"]
+    assert not list(tmp_path.glob("search_step/*.cache"))
     text = (tmp_path / "search_step.md").read_text()
     assert search_step_table([row]) in text and "T = 2, batches of 8 and 16" in text
 

@@ -78,6 +78,7 @@ def get_config(variant: str = ""):
     config.data.crop_padding = 0
     config.train.batch_size = 100
     config.train.num_epochs = 3.0
+    config.eval.time_blocks = False
     config.optimizer.learning_rate = 0.1
     config.optimizer.momentum = 0.9
     config.optimizer.weight_decay = 1e-4
