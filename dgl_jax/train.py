@@ -19,7 +19,7 @@ from tqdm import auto as tqdm
 from dgl_jax import checkpoint, cost, drift, evaluation, metrics, placement, plots
 from dgl_jax.auxiliary import head_for_loss
 from dgl_jax.config import LOCAL_METHODS, Config, to_dict
-from dgl_jax.data import Dataset, load_dataset
+from dgl_jax.data import Dataset, describe_dataset, load_dataset
 from dgl_jax.errors import UserError, WorkerError, not_finite_error
 from dgl_jax.grouping import (
     choose_cuts_and_heads,
@@ -58,10 +58,33 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     if previous and previous["summary"].get("finished"):
         return previous["summary"]
 
-    # ---- Data, on the devices of the first block.
+    # ---- Network, cuts, blocks: known before any data is on a device.
     placement.request_cpu_devices(config.placement)
-    first_placement = placement.make_placements(config.placement, num_blocks=1)[0]
-    dataset = _load_dataset(config, first_placement.batch)
+    data = config.data
+    description = describe_dataset(
+        name=data.name, data_dir=data.data_dir, image_size=data.image_size
+    )
+    image_shape, num_classes = description.image_shape, description.num_classes
+    dtype = compute_dtype(config)
+    network = configured_network(config, num_classes)
+    check_image_shape(network, image_shape)
+    if previous:  # Measured costs may differ by now, and a search's file be gone.
+        resolved = previous["config"]["resolved"]
+        cuts = tuple(resolved["cuts"])
+        head_names = tuple(resolved["heads"]) or (config.auxiliary.name,) * len(cuts)
+    else:
+        cuts, head_names = choose_cuts_and_heads(config, network, num_classes, image_shape)
+    losses = local_losses(config.loss, len(cuts) + 1)
+    aux_classifiers = make_classifiers(config, head_names, num_classes)
+    heads = tuple(map(head_for_loss, losses, aux_classifiers, itertools.repeat(dtype)))
+    loss_fns = make_loss_fns(config.loss, len(cuts) + 1, num_classes)
+    method = METHODS[config.method.name]
+    blocks = method.make_blocks(network, cuts, heads, loss_fns)
+    num_blocks = len(blocks)
+    placements = placement.make_placements(config.placement, num_blocks)
+
+    # ---- Data, on the devices of the first block.
+    dataset = _load_dataset(config, placements[0].batch)
     steps_per_epoch = dataset.steps_per_epoch
     num_updates = config.train.num_steps or round(config.train.num_epochs * steps_per_epoch)
     if num_updates < 1:
@@ -69,28 +92,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
             f"config.train.num_epochs={config.train.num_epochs} is less than one step; "
             f"an epoch has {steps_per_epoch} steps"
         )
-
-    # ---- Network, cuts, blocks.
-    dtype = compute_dtype(config)
-    network = configured_network(config, dataset.num_classes)
-    check_image_shape(network, dataset.image_shape)
-    if previous:  # Measured costs may differ by now, and a search's file be gone.
-        resolved = previous["config"]["resolved"]
-        cuts = tuple(resolved["cuts"])
-        head_names = tuple(resolved["heads"]) or (config.auxiliary.name,) * len(cuts)
-    else:
-        cuts, head_names = choose_cuts_and_heads(
-            config, network, dataset.num_classes, dataset.image_shape
-        )
-    losses = local_losses(config.loss, len(cuts) + 1)
     if not previous:
         _check_first_batch(losses, dataset, config.train.batch_size)
-    aux_classifiers = make_classifiers(config, head_names, dataset.num_classes)
-    heads = tuple(map(head_for_loss, losses, aux_classifiers, itertools.repeat(dtype)))
-    loss_fns = make_loss_fns(config.loss, len(cuts) + 1, dataset.num_classes)
-    method = METHODS[config.method.name]
-    blocks = method.make_blocks(network, cuts, heads, loss_fns)
-    num_blocks = len(blocks)
 
     # ---- In what order they run. A step is one turn of the schedule, an epoch of it the steps
     # in which every block sees every image once, on average.
@@ -101,15 +104,14 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     checkpoint_every = config.checkpoint.every_steps or max(1, round(epoch_steps))
 
     # ---- States and programs, where the blocks live.
-    placements = placement.make_placements(config.placement, num_blocks)
     optimizer_config = dataclasses.replace(
         config.optimizer,
         drop_epochs=tuple(e + schedule.drop_delay_epochs for e in config.optimizer.drop_epochs),
     )
     optimizer = make_optimizer(optimizer_config, num_updates, steps_per_epoch)
     key = jax.random.key(config.seed)
-    images = jax.ShapeDtypeStruct((config.train.batch_size, *dataset.image_shape), jnp.float32)
-    block_states = init_states(blocks, optimizer, key, dataset.image_shape, placements)
+    images = jax.ShapeDtypeStruct((config.train.batch_size, *image_shape), jnp.float32)
+    block_states = init_states(blocks, optimizer, key, image_shape, placements)
     # However they were asked for, a runner finds the updates of each block in train.num_steps.
     train_config = dataclasses.replace(config.train, num_steps=num_updates, num_epochs=0.0)
     runner = method.make_runner(
@@ -236,7 +238,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
 
     # ---- What came of it.
     compile_seconds = metrics.compile_seconds() - start_compile_seconds
-    costs = cost.block_costs(blocks, dataset.image_shape)
+    costs = cost.block_costs(blocks, image_shape)
     step_seconds = None
     if batch is not None:
         works = [method.make_block_work(config, block, optimizer) for block in blocks]

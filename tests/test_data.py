@@ -18,7 +18,17 @@ import pytest
 import tensorflow_datasets as tfds
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from dgl_jax.data import cache, decode, load_dataset, shardings, statistics, streaming, tfds_source
+from dgl_jax.data import (
+    Description,
+    cache,
+    decode,
+    describe_dataset,
+    load_dataset,
+    shardings,
+    statistics,
+    streaming,
+    tfds_source,
+)
 from dgl_jax.errors import UserError
 
 REAL_SETS = pathlib.Path(__file__).parents[2] / "shared" / "data" / "tfds"
@@ -716,6 +726,30 @@ def test_sources_pickle_without_open_files(prepared):
 def test_errors_of_options(npz, kwargs, message):
     with pytest.raises(UserError, match=message):
         load_tiny(npz, **kwargs)
+
+
+def test_a_description_is_what_loading_gives(npz, prepared):
+    for loaded, options in (
+        (load_tiny(npz), {"name": "arrays", "data_dir": npz}),
+        (
+            load_photos(prepared),
+            {"name": "tiny_photos", "data_dir": str(prepared), "image_size": 16},
+        ),
+        (
+            load(name="tiny_icons", data_dir=str(prepared)),
+            {"name": "tiny_icons", "data_dir": str(prepared)},
+        ),
+    ):
+        description = describe_dataset(**options)
+        assert description == Description(loaded.image_shape, loaded.num_classes)
+    for options, message in (
+        ({"name": "arrays", "data_dir": npz, "image_size": 32}, "must be 0 or 6, the stored size"),
+        ({"name": "arrays", "image_size": -3}, "image_size=-3 must not be negative; try 224"),
+        ({"name": "arrays", "data_dir": "nowhere"}, "data_dir=nowhere must be an .npz file"),
+        ({"name": "cifar10", "data_dir": str(prepared)}, "name=cifar10 must be prepared"),
+    ):
+        with pytest.raises(UserError, match=message):
+            describe_dataset(**options)
 
 
 def test_errors_of_calls(npz):

@@ -1,8 +1,12 @@
 """Data: ``load_dataset(...)`` gives a `Dataset`, whose ``batch_at(step)`` is a function of (seed, step).
 
+``describe_dataset(...)`` says before that, without a device, what the images will be like.
+
 Small sets lie whole on the device and are augmented there (`in_memory`); large ones are read,
 decoded and cropped on the host by grain (`streaming`). Both give the same `Dataset`.
 """
+
+import dataclasses
 
 import jax
 
@@ -17,9 +21,44 @@ from dgl_jax.data import (
 from dgl_jax.data.dataset import Dataset
 from dgl_jax.errors import UserError
 
-__all__ = ["Dataset", "load_dataset"]
+__all__ = ["Dataset", "Description", "describe_dataset", "load_dataset"]
 
 _STREAMING_IMAGE_SIZE = 224
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a network must fit.
+
+    Attributes:
+      image_shape: (H, W, C) of the images in a batch.
+      num_classes: labels are in [0, num_classes).
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+
+def describe_dataset(*, name: str, data_dir: str = "", image_size: int = 0) -> Description:
+    """What `load_dataset` will give for the same arguments; touches no device.
+
+    A TFDS set is known by its metadata; of the others the file is read.
+
+    Raises:
+      UserError: as `load_dataset`, on a set that is missing or unfit.
+    """
+    _check_sizes(image_size=image_size)
+    if name in sources.ARRAY_SOURCES:
+        arrays = sources.ARRAY_SOURCES[name](data_dir)
+        image_shape, num_classes = arrays.image_shape, arrays.num_classes
+    else:
+        tfds_set = tfds_source.find_set(name, data_dir)
+        image_shape, num_classes = tfds_set.image_shape, tfds_set.num_classes
+        if not tfds_source.fits_in_memory(tfds_set):
+            size = image_size or _STREAMING_IMAGE_SIZE
+            return Description((size, size, image_shape[2]), num_classes)
+    _check_stored_size(name, image_size, image_shape[0])
+    return Description(tuple(image_shape), num_classes)
 
 
 def load_dataset(
@@ -72,7 +111,7 @@ def load_dataset(
       UserError: on a value out of range, and on a set that is missing, half prepared or unfit.
     """
     _check_numbers(batch_size, eval_batch_size, seed, validation_fraction)
-    _check_sizes(crop_padding, image_size, num_workers)
+    _check_sizes(crop_padding=crop_padding, image_size=image_size, num_workers=num_workers)
     sharding = sharding if sharding is not None else shardings.default_sharding()
     shardings.check_divisible("batch_size", batch_size, sharding)
     shardings.check_divisible("eval_batch_size", eval_batch_size, sharding)
@@ -108,11 +147,7 @@ def load_dataset(
         arrays = sources.ARRAY_SOURCES[name](data_dir)
 
     height, width, channels = arrays.image_shape
-    if image_size not in (0, height):
-        raise UserError(
-            f"image_size={image_size} must be 0 or {height}, the stored size, for name={name} held"
-            f" in memory; leave image_size at 0"
-        )
+    _check_stored_size(name, image_size, height)
     if crop_padding >= min(height, width):
         raise UserError(
             f"crop_padding={crop_padding} must be less than the image's side"
@@ -155,11 +190,20 @@ def _check_numbers(
         )
 
 
-def _check_sizes(crop_padding: int, image_size: int, num_workers: int) -> None:
-    for key, value, advice in (
-        ("crop_padding", crop_padding, "try 4, or 0 for none"),
-        ("image_size", image_size, "try 224, or 0 for the default"),
-        ("num_workers", num_workers, "try 0 for none"),
-    ):
+def _check_stored_size(name: str, image_size: int, height: int) -> None:
+    if image_size not in (0, height):
+        raise UserError(
+            f"image_size={image_size} must be 0 or {height}, the stored size, for name={name} held"
+            f" in memory; leave image_size at 0"
+        )
+
+
+def _check_sizes(**sizes: int) -> None:
+    advice = {
+        "crop_padding": "try 4, or 0 for none",
+        "image_size": "try 224, or 0 for the default",
+        "num_workers": "try 0 for none",
+    }
+    for key, value in sizes.items():
         if value < 0:
-            raise UserError(f"{key}={value} must not be negative; {advice}")
+            raise UserError(f"{key}={value} must not be negative; {advice[key]}")
