@@ -9,9 +9,11 @@ import shutil
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dgl_jax.errors import UserError
+from dgl_jax.transfer import fetch, is_local
 
 
 def open_checkpointer(directory: str) -> ocp.training.Checkpointer:
@@ -61,6 +63,9 @@ def save(
 ) -> None:
     """Starts saving; the states may be donated as soon as this returns.
 
+    In a run of several processes all must call it. Orbax does not take an array that only some
+    of them have, so all come to process 0, which writes them.
+
     Args:
       checkpointer: from `open_checkpointer`.
       step: the number of steps done.
@@ -71,6 +76,10 @@ def save(
     Raises:
       UserError: if the disk is full; the checkpoint before this one stays.
     """
+    if jax.process_count() > 1:
+        # Orbax looks at the shapes in every process, and writes what the first one has.
+        shapes = jax.tree.map(lambda leaf: np.broadcast_to(leaf.dtype.type(0), leaf.shape), states)
+        states = fetch(states) or shapes
     check_disk_space(str(checkpointer.directory), states, num_checkpoints=1)
     checkpointer.save_async(
         step,
@@ -107,11 +116,20 @@ def restore_latest(
         return None
     metadata = checkpointer.metadata(latest.step)
     _check_tree(metadata.metadata["states"], states, str(metadata.path))
+    # A stand-in, for what another process has, stays as it is.
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), states
+        lambda leaf: (
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            if is_local(leaf.sharding)
+            else ocp.PLACEHOLDER
+        ),
+        states,
     )
-    restored = checkpointer.load(latest.step, {"states": abstract})
-    return latest.step, restored["states"], dict(metadata.custom_metadata)
+    restored = checkpointer.load(latest.step, {"states": abstract})["states"]
+    restored = jax.tree.map(
+        lambda leaf, wanted: wanted if leaf is ocp.PLACEHOLDER else leaf, restored, states
+    )
+    return latest.step, restored, dict(metadata.custom_metadata)
 
 
 def _check_tree(saved: Any, wanted: Any, path: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dgl_jax import distributed
 from dgl_jax.config import Config, check_field_name, from_dict
 from dgl_jax.errors import UserError
 
@@ -19,6 +20,22 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The configuration, a Python file; --config.FIELD=VALUE overrides a field."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Of a run of several processes: HOST:PORT of the first; takes PORT + 1 too.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many; with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which this is, from 0; with --coordinator.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Whether the cluster (Slurm, Kubernetes, MPI, a TPU pod) says all that."
+)
+_CONNECT_TIMEOUT = flags.DEFINE_float(
+    "connect_timeout_s", 120.0, "How long processes wait for one another.", lower_bound=1.0
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout_s", 60, "A machine silent for so long counts as dead.", lower_bound=5
+)
 
 
 def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
@@ -46,14 +63,20 @@ def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
             for name in ("config", "workdir"):
                 if not flags.FLAGS[name].value:
                     raise UserError(f"--{name} is missing; try --help")
-            main(from_dict(_CONFIG.value.to_dict(), config_class), _WORKDIR.value)
+            config = from_dict(_CONFIG.value.to_dict(), config_class)
+            _join_processes()
+            main(config, _WORKDIR.value)
+            distributed.finish()
         except UserError as error:
             _fail(str(error), 2)
         except KeyboardInterrupt:
             _fail("interrupted; the same command goes on from the last checkpoint", 1)
         except Exception as error:
             if "No space left on device" not in "".join(traceback.format_exception(error)):
-                raise
+                if distributed.num_processes() == 1:
+                    raise
+                traceback.print_exc()
+                _fail(f"{type(error).__name__}: {error}", 1)
             _fail(
                 f"workdir: {_WORKDIR.value} has no space left; its last checkpoint is whole; "
                 "free some space and run the same command again",
@@ -61,6 +84,25 @@ def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
             )
 
     app.run(run_main, flags_parser=parse_flags)
+
+
+def _join_processes() -> None:
+    given = {"num_processes": _NUM_PROCESSES.value, "process_id": _PROCESS_ID.value}
+    if _COORDINATOR.value:
+        for name, value in given.items():
+            if value is None:
+                raise UserError(f"--{name} is missing; --coordinator needs it")
+        timeouts = (_CONNECT_TIMEOUT.value, _HEARTBEAT_TIMEOUT.value)
+        distributed.initialize(_COORDINATOR.value, *given.values(), *timeouts)
+    elif _DISTRIBUTED.value:
+        distributed.initialize_from_cluster(_HEARTBEAT_TIMEOUT.value)
+    else:
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(
+                    f"--{name}={value} is used with --coordinator only; give it, or leave --{name} "
+                    "out"
+                )
 
 
 def _check_config_arguments(arguments: Sequence[str], config_class: type) -> None:
@@ -82,6 +124,8 @@ def _check_config_arguments(arguments: Sequence[str], config_class: type) -> Non
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    message = " ".join(message.split())
+    distributed.fail(message, code)
+    print(f"error: {message}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(code)  # Threads that still read or write have nothing to add to that line.

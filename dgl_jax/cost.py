@@ -14,10 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dgl_jax.block import Block, make_block_feed
 from dgl_jax.models.network import Network, apply_module, init_module
+from dgl_jax.pipeline import block_program
 from dgl_jax.placement import BlockPlacement
+from dgl_jax.transfer import fetch, is_local, move, place, stand_in
 from dgl_jax.types import Batch, BlockState
 
 
@@ -142,7 +145,7 @@ def block_step_seconds(
     batch: Batch,
     placements: Sequence[BlockPlacement],
     repeats: int = 5,
-) -> list[float]:
+) -> list[float] | None:
     """The time of each block's work of one step, alone on its own devices.
 
     Args:
@@ -154,16 +157,24 @@ def block_step_seconds(
       repeats: how often each is timed, after a first run that compiles.
 
     Returns:
-      The median seconds, one a block.
+      The median seconds, one a block; in a run of several processes, which must all call it,
+      None in all but the first.
     """
     seconds, x = [], batch.images
     for block, work, state, placement in zip(blocks, works, states, placements, strict=True):
-        x, labels = jax.device_put((x, batch.labels), placement.batch)
-        key = jax.device_put(jax.random.key(0), placement.state)
-        run, feed = jax.jit(work), jax.jit(make_block_feed(block))
-        seconds.append(_median_seconds(lambda: run(state, x, labels, key), repeats))  # noqa: B023
+        x, labels = move(x, placement.batch), place(batch.labels, placement.batch)
+        key = place(jax.random.key(0), placement.state)
+        feed = block_program(make_block_feed(block), placement, placement.batch)
+        if is_local(placement.state):
+            run = jax.jit(work)
+            median = _median_seconds(lambda: run(state, x, labels, key), repeats)  # noqa: B023
+            # On a device of the block, to be fetched from there.
+            seconds.append(place(np.float32(median), placement.state))
+        else:
+            seconds.append(stand_in((), np.float32, placement.state))
         x = feed(state, x)
-    return seconds
+    seconds = fetch(seconds)
+    return None if seconds is None else [float(value) for value in seconds]
 
 
 def _variables(module: Any, x: jax.ShapeDtypeStruct) -> tuple[Any, Any]:

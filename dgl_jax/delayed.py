@@ -19,10 +19,10 @@ import optax
 from dgl_jax.block import Block, apply_gradients, forward
 from dgl_jax.config import Config
 from dgl_jax.losses import logits_of
-from dgl_jax.pipeline import Runner, bound_in_flight, make_logits
+from dgl_jax.pipeline import Runner, block_program, bound_in_flight, make_logits
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import BACKWARD, FORWARD, UPDATE, Schedule, Task
-from dgl_jax.transfer import move
+from dgl_jax.transfer import is_local, move, place, stand_in
 from dgl_jax.types import BlockState, TrainState
 
 
@@ -195,7 +195,7 @@ def make_runner(
     """
     log_norm = config.train.log_gradient_norm
     last = len(blocks) - 1
-    keys = [jax.device_put(key, placement.state) for placement in placements]
+    keys = [place(key, placement.state) for placement in placements]
     # By block; compiled by init_memory, which is the first to know the shapes.
     forwards, updates = {}, {}
 
@@ -207,12 +207,12 @@ def make_runner(
             update = make_last_update(block, optimizer, log_gradient_norm=log_norm)
             labels = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32, sharding=placement.batch)
             updates[last] = _compile(
-                update, f"block_{last}", outputs, (state, x, labels, key), donate=(0,)
+                update, f"block_{last}", placement, outputs, (state, x, labels, key), donate=(0,)
             )
             return None, None
         forward = make_forward(block, rule)
         backward = make_backward(block, rule, optimizer, log_gradient_norm=log_norm)
-        batch_number = jax.device_put(np.int32(0), placement.state)
+        batch_number = place(np.int32(0), placement.state)
         inputs = (state.params, state.batch_stats, x, batch_number, key)
         activations, _, kept = jax.eval_shape(forward, *inputs)
 
@@ -232,12 +232,14 @@ def make_runner(
         forwards[block.index] = _compile(
             array_forward,
             f"block_{block.index}_forward",
+            placement,
             (placement.batch, placement.state, tuple(leaf.sharding for leaf in slot)),
             inputs,
         )
         updates[block.index] = _compile(
             array_backward,
             f"block_{block.index}_backward",
+            placement,
             outputs,
             (state, slot, activations, key),
             donate=(0,),
@@ -264,7 +266,7 @@ def make_runner(
             before, key = states[block], keys[block]
             if task.operation == FORWARD:
                 x = move(x, placement.batch)
-                batch_number = jax.device_put(np.int32(task.batch), placement.state)
+                batch_number = place(np.int32(task.batch), placement.state)
                 x, batch_stats, arrays = forwards[block](
                     before.params, before.batch_stats, x, batch_number, key
                 )
@@ -274,7 +276,7 @@ def make_runner(
             if task.operation == BACKWARD:
                 inputs = (kept[block][0], gradients[block])
             else:
-                inputs = (move(x, placement.batch), jax.device_put(batch.labels, placement.batch))
+                inputs = (move(x, placement.batch), place(batch.labels, placement.batch))
             states[block], input_gradient, block_metrics = updates[block](before, *inputs, key)
             if block:
                 gradients[block - 1] = move(input_gradient, placements[block - 1].batch)
@@ -297,11 +299,17 @@ def _batch_key(key: jax.Array, block: Block, batch_number: jax.Array) -> jax.Arr
 
 
 def _compile(
-    fn: Callable, name: str, out_shardings: Any, inputs: Any, donate: tuple[int, ...] = ()
+    fn: Callable,
+    name: str,
+    placement: BlockPlacement,
+    out_shardings: Any,
+    inputs: Any,
+    donate: tuple[int, ...] = (),
 ) -> Callable:
     """Compiles before the first step, so that a step's time is never that of compiling."""
     fn = jax.named_call(fn, name=name)
-    return jax.jit(fn, donate_argnums=donate, out_shardings=out_shardings).lower(*inputs).compile()
+    program = block_program(fn, placement, out_shardings, donate_argnums=donate)
+    return program.lower(*inputs).compile() if is_local(placement.state) else program
 
 
 def _struct(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -309,6 +317,8 @@ def _struct(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if not is_local(leaf.sharding):
+        return stand_in(leaf.shape, leaf.dtype, leaf.sharding)
     return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
 
 

@@ -14,7 +14,9 @@ import numpy as np
 
 from dgl_jax.block import Block, make_block_feed
 from dgl_jax.metrics import write_atomically
+from dgl_jax.pipeline import block_program
 from dgl_jax.placement import BlockPlacement
+from dgl_jax.transfer import move
 from dgl_jax.types import BlockState
 
 # A value x falls into a bin of asinh(x): fine near 0, coarse far away, never out of range.
@@ -57,34 +59,34 @@ def make_probe(
 ) -> Callable[[Sequence[BlockState], jax.Array], list[jax.Array]]:
     """Returns ``probe(block_states, images)``: the histograms of each block's output."""
 
-    def make_program(block):
+    def make_program(block, placement):
         feed = make_block_feed(block)
 
         def program(state, x):
             x = feed(state, x)
             return x, channel_histograms(x)
 
-        return jax.jit(program)
+        return block_program(program, placement, (placement.batch, placement.state))
 
-    programs = [make_program(block) for block in blocks]
+    programs = [make_program(*pair) for pair in zip(blocks, placements, strict=True)]
 
     def probe(block_states, images):
         x, histograms = images, []
         for program, state, placement in zip(programs, block_states, placements, strict=True):
-            x, histogram = program(state, jax.device_put(x, placement.batch))
+            x, histogram = program(state, move(x, placement.batch))
             histograms.append(histogram)
         return histograms
 
     return probe
 
 
-def save_histograms(workdir: str, step: int, histograms: Sequence[jax.Array]) -> None:
+def save_histograms(workdir: str, step: int, histograms: Sequence[np.ndarray]) -> None:
     """Writes drift/STEP.npz."""
     folder = os.path.join(workdir, "drift")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{step}.npz")
     with open(path + ".tmp", "wb") as file:
-        np.savez(file, **{f"block_{k}": h for k, h in enumerate(jax.device_get(histograms))})
+        np.savez(file, **{f"block_{k}": h for k, h in enumerate(histograms)})
     os.replace(path + ".tmp", path)
 
 

@@ -1,5 +1,6 @@
 """Accuracy of every block's head, and of ensembles of heads, exact over a whole split."""
 
+import functools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -7,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgl_jax.losses import cross_entropy
+from dgl_jax.pipeline import block_program
+from dgl_jax.placement import BlockPlacement
+from dgl_jax.transfer import announce, fetch, place
 
 Logits = dict[int, jax.Array]
 
@@ -55,33 +59,37 @@ def count_batch(
 
 
 def make_evaluate(
-    logits_fn: Callable[..., Logits], sharding: jax.sharding.Sharding, ensemble_last: int
-) -> Callable[..., dict[str, list[float] | float]]:
+    logits_fn: Callable[..., Logits], placement: BlockPlacement, ensemble_last: int
+) -> Callable[..., dict[str, list[float] | float] | None]:
     """Returns ``evaluate(states, batches) -> means``: one pass over a split for all heads.
 
     Args:
       logits_fn: ``logits_fn(states, images)``, the heads' logits (`Runner.logits`).
-      sharding: of the logits' batch axis: where labels go to meet them.
+      placement: of the last block: where labels go to meet the logits.
       ensemble_last: as in `count_batch`.
 
     Returns:
       A function of the states and of an iterable of (images, labels, mask). It returns
       ``loss``, ``top1``, ``top5``: lists of one float a head; ``ensemble_top1``,
-      ``ensemble_last_top1``: floats. Accuracies are fractions in [0, 1].
+      ``ensemble_last_top1``: floats. Accuracies are fractions in [0, 1]. In a run of several
+      processes all must call it, and those but the first get None.
     """
-    count = jax.jit(count_batch, static_argnames="ensemble_last")
+    count = block_program(
+        functools.partial(count_batch, ensemble_last=ensemble_last), placement, placement.state
+    )
 
-    def evaluate(states, batches: Iterable) -> dict[str, list[float] | float]:
-        sums = []
+    def evaluate(states, batches: Iterable) -> dict[str, list[float] | float] | None:
+        sums, done = [], []
         for images, labels, mask in batches:
             heads = logits_fn(states, images)
-            labels, mask = jax.device_put((labels, mask), sharding)
-            sums.append(count(heads, labels, mask, ensemble_last=ensemble_last))
-            if len(sums) >= 4:  # Back-pressure: a few batches in flight, no more.
-                jax.block_until_ready(sums[-4])
-        totals = jax.tree.map(
-            lambda *leaves: np.sum(leaves, axis=0, dtype=np.float64), *jax.device_get(sums)
-        )
+            sums.append(count(heads, *(place(x, placement.batch) for x in (labels, mask))))
+            done.append(announce(sums[-1]["examples"]))
+            if len(done) >= 4:  # Back-pressure: a few batches in flight, no more.
+                jax.block_until_ready(done[-4])
+        sums = fetch(sums)
+        if sums is None:
+            return None
+        totals = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0, dtype=np.float64), *sums)
         examples = totals.pop("examples")
         return {name: (total / examples).tolist() for name, total in totals.items()}
 

@@ -11,6 +11,7 @@ import numpy as np
 import tensorboardX
 
 from dgl_jax.errors import not_finite_error
+from dgl_jax.transfer import fetch
 
 _compile_seconds = [0.0]
 
@@ -86,7 +87,7 @@ class TrainingLog:
     """Collects each step's metrics and writes their means, one line a logging interval.
 
     Numbers are fetched a whole interval late, so that no device ever waits for the host to
-    read one.
+    read one. Of several processes the first one writes, and all take part.
     """
 
     def __init__(
@@ -142,7 +143,9 @@ class TrainingLog:
         if not count:
             return
         rows = [self._unread.popleft() for _ in range(count)]
-        values = jax.device_get([block_metrics for _, block_metrics in rows])
+        values = fetch([block_metrics for _, block_metrics in rows])
+        if values is None:
+            return
         columns, line = {}, {}
         for (step, _), row in zip(rows, values):
             for block, scalars in row.items():

@@ -18,7 +18,7 @@ from dgl_jax.block import Block, init_block_state, make_block_eval, make_block_f
 from dgl_jax.config import Config
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import UPDATE, Task
-from dgl_jax.transfer import move
+from dgl_jax.transfer import announce, is_local, move, place, stand_in
 from dgl_jax.types import Batch, BlockState, Metrics, StepOutput, TrainState
 
 BatchAt = Callable[[int], Batch]
@@ -78,10 +78,46 @@ def init_states(
         def init(key, block=block, shape=shape):
             return init_block_state(block, optimizer, key, jnp.zeros(shape.shape, shape.dtype))
 
-        init = jax.jit(init, out_shardings=placement.state)
-        states.append(init(jax.device_put(key, placement.state)))
+        init = block_program(init, placement, placement.state)
+        states.append(init(place(key, placement.state)))
         shape = jax.eval_shape(make_block_feed(block), states[-1], shape)
     return tuple(states)
+
+
+def block_program(
+    fn: Callable[..., Any], placement: BlockPlacement, out_shardings: Any, **options: Any
+) -> Callable[..., Any]:
+    """``jax.jit(fn)`` where the block lives; elsewhere a function that returns stand-ins.
+
+    Args:
+      fn: what a block computes.
+      placement: where it lives.
+      out_shardings: of fn's outputs, or a prefix of their tree.
+      options: of `jax.jit`.
+
+    Returns:
+      The program. In a process that has none of the block's devices, a function that takes
+      stand-ins, computes nothing, and has the outputs' stand-ins for it.
+    """
+    program = jax.jit(fn, out_shardings=out_shardings, **options)
+    if is_local(placement.state):
+        return program
+    known = {}
+
+    def absent(*args):
+        # States keep their shapes; batches differ in training and evaluation.
+        shapes = tuple(arg.shape for arg in args if isinstance(arg, jax.Array))
+        if shapes not in known:
+            known[shapes] = jax.tree.map(
+                lambda sharding, outputs: jax.tree.map(
+                    lambda leaf: stand_in(leaf.shape, leaf.dtype, sharding), outputs
+                ),
+                out_shardings,
+                jax.eval_shape(fn, *args),
+            )
+        return known[shapes]
+
+    return absent
 
 
 def activation_shapes(
@@ -112,9 +148,12 @@ def make_logits(blocks: Sequence[Block], placements: Sequence[BlockPlacement]) -
         fused = lambda block_states, images: run(
             block_states, images, evaluates, lambda x, placement: x
         )
-        return jax.jit(fused, out_shardings=placements[0].batch)
+        return block_program(fused, placements[0], placements[0].batch)
 
-    programs = [jax.jit(evaluate) for evaluate in evaluates]
+    programs = [
+        block_program(evaluate, placement, (placement.batch, placement.batch))
+        for evaluate, placement in zip(evaluates, placements)
+    ]
 
     def logits(block_states, images):
         to_block = lambda x, placement: move(x, placement.batch)
@@ -146,7 +185,8 @@ def make_fused_runner(
     log_norm = config.train.log_gradient_norm
     updates = [make_block_step(block, optimizer, log_gradient_norm=log_norm) for block in blocks]
     feeds = [make_block_feed(block) for block in blocks]
-    key = jax.device_put(key, placements[0].state)
+    placement = placements[0]
+    key = place(key, placement.state)
 
     # A program for each list of operations: one in synchronous training, K in sequential.
     @functools.cache
@@ -164,11 +204,13 @@ def make_fused_runner(
             return tuple(states), metrics
 
         # Outputs are pinned to where inputs live: the compiler must not choose anew each step.
-        return jax.jit(step, donate_argnums=0, out_shardings=placements[0].state)
+        return block_program(step, placement, placement.state, donate_argnums=0)
 
     def step(state, tasks, batch_at):
         operations = tuple((task.block, task.operation) for task in tasks)
-        states, metrics = program(operations)(state.blocks, batch_at(tasks[0].batch), key)
+        batch = batch_at(tasks[0].batch)
+        batch = batch.replace(labels=place(batch.labels, placement.batch))
+        states, metrics = program(operations)(state.blocks, batch, key)
         return TrainState(states, state.memory), metrics
 
     return Runner(
@@ -198,21 +240,22 @@ def make_pipelined_runner(
     """
     log_norm = config.train.log_gradient_norm
     updates = [
-        jax.jit(
+        block_program(
             jax.named_call(
                 make_block_step(block, optimizer, log_gradient_norm=log_norm),
                 name=f"block_{block.index}",
             ),
+            placement,
+            StepOutput(placement.state, placement.batch, placement.state),
             donate_argnums=0,
-            out_shardings=StepOutput(placement.state, placement.batch, placement.state),
         )
         for block, placement in zip(blocks, placements, strict=True)
     ]
     feeds = [
-        jax.jit(make_block_feed(block), out_shardings=placement.batch)
+        block_program(make_block_feed(block), placement, placement.batch)
         for block, placement in zip(blocks, placements)
     ]
-    keys = [jax.device_put(key, placement.state) for placement in placements]
+    keys = [place(key, placement.state) for placement in placements]
 
     def step(state, tasks, batch_at):
         states, metrics = list(state.blocks), {}
@@ -222,7 +265,7 @@ def make_pipelined_runner(
             block = task.block
             x = move(x, placements[block].batch)
             if task.operation == UPDATE:
-                labels = jax.device_put(batch.labels, placements[block].batch)
+                labels = place(batch.labels, placements[block].batch)
                 output = updates[block](states[block], x, labels, keys[block])
                 states[block], x = output.state, output.activations
                 metrics[block] = output.metrics
@@ -259,7 +302,10 @@ def bound_in_flight(step: Step, max_steps_in_flight: int) -> Step:
         if len(in_flight) == max_steps_in_flight:
             jax.block_until_ready(in_flight.popleft())
         state, metrics = step(state, tasks, batch_at)
-        in_flight.append(metrics)
+        # A process that has none of the step's last block hears of its end, and so can't run
+        # ahead of those that have.
+        last = metrics.get(tasks[-1].block) if tasks else None
+        in_flight.append((metrics, announce(jax.tree.leaves(last)[0]) if last else None))
         return state, metrics
 
     return bounded_step

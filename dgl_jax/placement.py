@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dgl_jax import distributed
 from dgl_jax.config import PlacementConfig
 from dgl_jax.errors import UserError
 
@@ -71,14 +72,27 @@ def make_placements(
 def request_cpu_devices(config: PlacementConfig) -> None:
     """On a host without accelerators, makes the CPU appear as as many devices as asked for.
 
-    Must run before anything touches a device; later it has no effect.
+    Of several processes each has its share. Must run before anything touches a device; later it
+    has no effect.
     """
     wanted = max(config.num_devices, config.data_parallel)
     if wanted > 1:
         try:
-            jax.config.update("jax_num_cpu_devices", wanted)
+            jax.config.update("jax_num_cpu_devices", -(-wanted // distributed.num_processes()))
         except RuntimeError:  # Devices exist already; make_placements checks their number.
             pass
+
+
+def check_every_process_has_a_block(placements: Sequence[BlockPlacement]) -> None:
+    """Raises UserError if the devices of the blocks leave out a process of the run."""
+    having = {device.process_index for where in placements for device in where.devices}
+    idle = sorted(set(range(distributed.num_processes())) - having)
+    if idle:
+        raise UserError(
+            f"--num_processes={distributed.num_processes()}: process {', '.join(map(str, idle))} "
+            "has none of the devices that blocks live on; start fewer processes, or raise "
+            "config.placement.num_devices"
+        )
 
 
 def _place(devices: Sequence[jax.Device]) -> BlockPlacement:

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import auto as tqdm
 
-from dgl_jax import checkpoint, cost, drift, evaluation, metrics, placement, plots
+from dgl_jax import checkpoint, cost, distributed, drift, evaluation, metrics, placement, plots
 from dgl_jax.auxiliary import head_for_loss
 from dgl_jax.config import LOCAL_METHODS, Config, to_dict
-from dgl_jax.data import Dataset, describe_dataset, load_dataset
+from dgl_jax.data import Dataset, describe_dataset, load_dataset, load_dataset_in_parts
 from dgl_jax.errors import UserError, WorkerError, not_finite_error
 from dgl_jax.grouping import (
     choose_cuts_and_heads,
@@ -34,10 +34,11 @@ from dgl_jax.optim import make_optimizer, make_schedule
 from dgl_jax.pipeline import activation_shapes, init_states
 from dgl_jax.run_folder import previous_run, write_summary
 from dgl_jax.schedule import BACKWARD, UPDATE
+from dgl_jax.transfer import fetch, is_local
 from dgl_jax.types import TrainState
 
 
-def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
+def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     """Trains a network as decoupled blocks; goes on where a killed run stopped.
 
     Args:
@@ -46,20 +47,23 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         checkpoints, plots and summary.json.
 
     Returns:
-      The summary, as in summary.json.
+      The summary, as in summary.json; None in all processes but the first.
 
     Raises:
       UserError: a mistake in the configuration, or a loss that is not finite.
     """
     start_time, start_compile_seconds = time.perf_counter(), metrics.compile_seconds()
 
-    # ---- The run's folder; a run that is finished already is not touched.
-    previous = previous_run(config, workdir)
+    # ---- The run's folder; a run that is finished already is not touched. Of several processes
+    # the first one reads and writes there, and says what it found.
+    placement.request_cpu_devices(config.placement)
+    distributed.check_same(to_dict(config))
+    is_main = distributed.is_main()
+    previous = distributed.agree(previous_run(config, workdir) if is_main else None)
     if previous and previous["summary"].get("finished"):
         return previous["summary"]
 
     # ---- Network, cuts, blocks: known before any data is on a device.
-    placement.request_cpu_devices(config.placement)
     data = config.data
     description = describe_dataset(
         name=data.name, data_dir=data.data_dir, image_size=data.image_size
@@ -73,7 +77,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         cuts = tuple(resolved["cuts"])
         head_names = tuple(resolved["heads"]) or (config.auxiliary.name,) * len(cuts)
     else:
-        cuts, head_names = choose_cuts_and_heads(config, network, num_classes, image_shape)
+        # Costs that are measured differ from process to process.
+        cuts, head_names = map(
+            tuple,
+            distributed.agree(choose_cuts_and_heads(config, network, num_classes, image_shape)),
+        )
     losses = local_losses(config.loss, len(cuts) + 1)
     aux_classifiers = make_classifiers(config, head_names, num_classes)
     heads = tuple(map(head_for_loss, losses, aux_classifiers, itertools.repeat(dtype)))
@@ -82,6 +90,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     blocks = method.make_blocks(network, cuts, heads, loss_fns)
     num_blocks = len(blocks)
     placements = placement.make_placements(config.placement, num_blocks)
+    placement.check_every_process_has_a_block(placements)
 
     # ---- Data, on the devices of the first block.
     dataset = _load_dataset(config, placements[0].batch)
@@ -119,13 +128,12 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     )
     state = TrainState(block_states, runner.init_memory(block_states, images))
     del block_states  # Or it would keep what no runner donates.
-    evaluate = evaluation.make_evaluate(
-        runner.logits, placements[-1].batch, config.eval.ensemble_last
-    )
+    evaluate = evaluation.make_evaluate(runner.logits, placements[-1], config.eval.ensemble_last)
     probe = drift.make_probe(blocks, placements)
     classifiers = [block.index for block in blocks if block.classifies]
 
     # ---- What the folder holds already is gone on with.
+    os.makedirs(workdir, exist_ok=True)
     checkpoint.check_disk_space(workdir, state, num_checkpoints=3)  # Latest, best and next.
     resolved = {
         "cuts": list(cuts),
@@ -134,16 +142,18 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         "num_updates": num_updates,
         "steps_per_epoch": steps_per_epoch,
     }
-    config_json = json.dumps(to_dict(config) | {"resolved": resolved}, indent=2)
-    metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
-    write_summary(workdir, {"finished": False, "method": config.method.name, "cuts": list(cuts)})
+    if is_main:
+        config_json = json.dumps(to_dict(config) | {"resolved": resolved}, indent=2)
+        metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
+        unfinished = {"finished": False, "method": config.method.name, "cuts": list(cuts)}
+        write_summary(workdir, unfinished)
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
     step = 0
     record = {"wall_seconds": 0.0, "train_seconds": 0.0, "timed_steps": 0, "totals": {}}
     restored = checkpoint.restore_latest(checkpointer, state)
     if restored is not None:
         step, state, record = restored
-    writer = metrics.MetricsWriter(workdir, first_step=step)
+    writer = metrics.MetricsWriter(workdir, first_step=step) if is_main else None
     batch_size = config.train.batch_size
     bar = tqdm.tqdm(
         total=num_steps * batch_size,
@@ -151,7 +161,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         unit="img",
         unit_scale=True,
         desc=config.method.name,
-        disable=None,  # Quiet where stderr is no terminal.
+        disable=None if is_main else True,  # None: quiet where stderr is no terminal.
     )
     learning_rate = make_schedule(optimizer_config, num_updates, steps_per_epoch)
     log = metrics.TrainingLog(
@@ -169,14 +179,18 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
 
     def evaluate_all(step):
         results = {split: evaluate(state.blocks, dataset.eval_batches(split)) for split in splits}
+        if config.eval.log_drift:
+            images, _, _ = next(iter(dataset.eval_batches("test")))
+            histograms = fetch(probe(state.blocks, images))
+        if not is_main:
+            return None
         for split, means in results.items():
             for block, loss in zip(classifiers, means["loss"]):
                 if not math.isfinite(loss):
                     raise not_finite_error(f"{split}/block_{block}/loss={loss}", step)
             writer.write(step, _flat_names(split, means, classifiers))
         if config.eval.log_drift:
-            images, _, _ = next(iter(dataset.eval_batches("test")))
-            drift.save_histograms(workdir, step, probe(state.blocks, images))
+            drift.save_histograms(workdir, step, histograms)
         return results
 
     def wall_seconds():
@@ -189,11 +203,12 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
 
     # ---- The loop. The host only dispatches; the guard proves that nothing crosses between
     # host and devices unasked.
-    results = None
+    results, is_evaluated = None, False
     clock, clock_step = None, step
     with contextlib.ExitStack() as stack:
-        for close in (dataset.close, writer.close, bar.close, runner.close):
-            stack.callback(close)
+        for resource in (dataset, writer, bar, runner):
+            if resource is not None:
+                stack.callback(resource.close)
         stack.enter_context(checkpointer)
         stack.enter_context(jax.transfer_guard("disallow"))
         for tasks in schedule.tasks(step):
@@ -225,11 +240,13 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
                 record["train_seconds"] += now - clock
                 record["timed_steps"] += step - clock_step
                 state = runner.snapshot(state)
-                results = evaluate_all(step) if is_eval else None
-                save(step, state, top1=results[splits[-1]]["top1"][-1] if is_eval else None)
+                results, is_evaluated = evaluate_all(step) if is_eval else None, is_eval
+                # Orbax keeps the best: all processes must say the same.
+                top1 = distributed.agree(results[splits[-1]]["top1"][-1] if results else None)
+                save(step, state, top1=top1)
                 # Blocks that have no tasks but decide themselves have trained on meanwhile.
                 clock, clock_step = time.perf_counter() if tasks else now, step
-        if results is None:  # The run had been killed after its last checkpoint.
+        if not is_evaluated:  # The run had been killed after its last checkpoint.
             results = evaluate_all(step)
         checkpointer.wait()
         best_step = checkpoint.best_step(checkpointer)
@@ -243,6 +260,9 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     if batch is not None:
         works = [method.make_block_work(config, block, optimizer) for block in blocks]
         step_seconds = cost.block_step_seconds(blocks, works, state.blocks, batch, placements)
+    trained = fetch([(block.params, block.batch_stats) for block in state.blocks])
+    if not is_main:
+        return None
     summary = {
         "finished": True,
         "method": config.method.name,
@@ -288,10 +308,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
         ],
         "method_memory_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.memory)),
         "block_step_seconds": step_seconds,
-        "params_sha256": params_sha256(state.blocks),
+        "params_sha256": _sha256(trained),
         "jax_version": jax.__version__,
         "device_kind": placements[0].devices[0].device_kind,
         "num_devices": len({device for where in placements for device in where.devices}),
+        "num_processes": distributed.num_processes(),
     }
     if config.eval.log_drift:
         drift.write_drift(workdir)
@@ -300,17 +321,18 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
     return summary
 
 
-def params_sha256(states: Any) -> str:
-    """SHA-256 of all parameters' and statistics' bytes in tree order: to compare two runs."""
+def _sha256(arrays: Any) -> str:
+    """Of all their bytes in tree order: to compare two runs."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves([(state.params, state.batch_stats) for state in states]):
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    for leaf in jax.tree.leaves(arrays):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
 
 
 def _load_dataset(config: Config, sharding: jax.sharding.Sharding) -> Dataset:
     data = config.data
-    return load_dataset(
+    load = load_dataset if distributed.num_processes() == 1 else load_dataset_in_parts
+    return load(
         name=data.name,
         data_dir=data.data_dir,
         batch_size=config.train.batch_size,
@@ -363,5 +385,5 @@ def _all_finite(state: Any) -> jax.Array:
 def _check_finite(states: Any, step: int) -> None:
     """An update can overflow although its loss was finite; such a state is not saved."""
     for block, state in enumerate(states):
-        if not jax.device_get(_all_finite(state)):
+        if is_local(state.step.sharding) and not jax.device_get(_all_finite(state)):
             raise not_finite_error(f"a parameter of block_{block}", step)

@@ -13,7 +13,9 @@ from dgl_jax.train import train_and_evaluate
 
 
 def main(config: Config, workdir: str) -> None:
-    print(accuracy_table([train_and_evaluate(config, workdir)]))
+    summary = train_and_evaluate(config, workdir)
+    if summary is not None:  # Of several processes the first one has it.
+        print(accuracy_table([summary]))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_a_block_that_changes_drifts_and_those_below_do_not(
     changed = states[1].replace(params=jax.tree.map(lambda leaf: 2 * leaf + 1, states[1].params))
     for step, block_1 in ((10, changed), (9, states[1])):
         histograms = probe((states[0], block_1, *states[2:]), images)
-        drift.save_histograms(tmp_path, step, histograms)
+        drift.save_histograms(tmp_path, step, jax.device_get(histograms))
     first, last = drift.write_drift(tmp_path)
     assert (first["step"], last["step"]) == (9, 10)
     assert [last[f"block_{block}"] for block in range(4)] == [0.0] * 4

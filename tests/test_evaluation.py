@@ -3,7 +3,9 @@
 import jax
 import numpy as np
 
+from dgl_jax.config import PlacementConfig
 from dgl_jax.evaluation import make_evaluate
+from dgl_jax.placement import make_placements
 
 
 def test_every_head_and_the_ensembles_are_exact_on_a_partial_last_batch():
@@ -23,8 +25,8 @@ def test_every_head_and_the_ensembles_are_exact_on_a_partial_last_batch():
         heads = [jax.device_put(head[np.asarray(index)] * states) for head in logits]
         return dict(enumerate(heads))
 
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    means = make_evaluate(logits_fn, sharding, ensemble_last=2)(np.float32(1), batches())
+    (placement,) = make_placements(PlacementConfig(), 1)
+    means = make_evaluate(logits_fn, placement, ensemble_last=2)(np.float32(1), batches())
 
     log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     rank = (logits > np.take_along_axis(logits, labels[None, :, None], -1)).sum(-1)
@@ -40,7 +42,7 @@ def test_every_head_and_the_ensembles_are_exact_on_a_partial_last_batch():
 
 def test_fewer_classes_than_five():
     logits = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    (placement,) = make_placements(PlacementConfig(), 1)
     batch = jax.device_put((logits, np.array([1, 1], np.int32), np.ones(2, np.float32)))
-    means = make_evaluate(lambda states, x: {0: x}, sharding, ensemble_last=1)(None, [batch])
+    means = make_evaluate(lambda states, x: {0: x}, placement, ensemble_last=1)(None, [batch])
     assert means["top1"] == [0.5] and means["top5"] == [1.0]

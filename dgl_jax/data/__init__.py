@@ -7,8 +7,11 @@ decoded and cropped on the host by grain (`streaming`). Both give the same `Data
 """
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+import numpy as np
 
 from dgl_jax.data import (
     in_memory,
@@ -18,10 +21,18 @@ from dgl_jax.data import (
     streaming,
     tfds_source,
 )
-from dgl_jax.data.dataset import Dataset
+from dgl_jax.data.dataset import Dataset, EvalBatch
 from dgl_jax.errors import UserError
+from dgl_jax.transfer import is_local, stand_in
+from dgl_jax.types import Batch
 
-__all__ = ["Dataset", "Description", "describe_dataset", "load_dataset"]
+__all__ = [
+    "Dataset",
+    "Description",
+    "describe_dataset",
+    "load_dataset",
+    "load_dataset_in_parts",
+]
 
 _STREAMING_IMAGE_SIZE = 224
 
@@ -78,6 +89,7 @@ def load_dataset(
     streaming: bool | None = None,
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
+    labels_only: bool = False,
     sharding: jax.sharding.Sharding | None = None,
 ) -> Dataset:
     """Opens a data set.
@@ -101,6 +113,7 @@ def load_dataset(
         (in memory up to 2 GiB, if its images are all of one shape).
       mean: one number a channel, of pixels scaled to [0, 1]; () for the set's own.
       std: as ``mean``; () for the set's own.
+      labels_only: gives images of 0x0 pixels, which cost nothing.
       sharding: where the batches go: a NamedSharding whose first axis is the batch's, or a
         SingleDeviceSharding; None for the default device.
 
@@ -133,7 +146,7 @@ def load_dataset(
             channels = tfds_set.image_shape[2]
             return _streaming_dataset(
                 tfds_set,
-                image_size=image_size or _STREAMING_IMAGE_SIZE,
+                image_size=0 if labels_only else image_size or _STREAMING_IMAGE_SIZE,
                 num_workers=num_workers,
                 mean_and_std=statistics.choose(tfds_set.name, channels, mean, std, None),
                 **common,
@@ -153,11 +166,66 @@ def load_dataset(
             f"crop_padding={crop_padding} must be less than the image's side"
             f" {min(height, width)}; try {min(height, width) // 8}"
         )
+    mean_and_std = statistics.choose(arrays.name, channels, mean, std, arrays.train_images)
+    if labels_only:
+        none = np.s_[:, :0, :0]
+        arrays = dataclasses.replace(
+            arrays, train_images=arrays.train_images[none], test_images=arrays.test_images[none]
+        )
+        common["augment"] = False
     return in_memory.make_dataset(
         arrays,
         crop_padding=crop_padding,
-        statistics=statistics.choose(arrays.name, channels, mean, std, arrays.train_images),
+        statistics=mean_and_std,
         **common,
+    )
+
+
+def load_dataset_in_parts(*, sharding: jax.sharding.Sharding, **options: Any) -> Dataset:
+    """As `load_dataset`, for a run of several processes: each loads what it needs.
+
+    Args:
+      sharding: of the images. A process makes those rows of a batch that are for its own devices;
+        where it has none of these devices, it reads no images and gives their stand-ins.
+      options: as of `load_dataset`.
+
+    Returns:
+      The data set. Labels and masks are whole, on each process's first device: every process
+      makes them itself, so that they need not be sent.
+    """
+    own_device = shardings.default_sharding()
+    labels = load_dataset(**options, labels_only=True, sharding=own_device)
+    images = load_dataset(**options, sharding=sharding) if is_local(sharding) else None
+    described = describe_dataset(
+        name=options["name"],
+        data_dir=options.get("data_dir", ""),
+        image_size=options.get("image_size", 0),
+    )
+
+    def absent(batch_size: int) -> jax.Array:
+        return stand_in((batch_size, *described.image_shape), np.float32, sharding)
+
+    def batch_at(step: int) -> Batch:
+        size = options["batch_size"]
+        own = images.batch_at(step).images if images else absent(size)
+        return Batch(own, labels.batch_at(step).labels)
+
+    def eval_batches(split: str) -> Iterator[EvalBatch]:
+        sources = [labels.eval_batches(split)] + ([images.eval_batches(split)] if images else [])
+        for (_, *labels_and_mask), *own in zip(*sources, strict=True):
+            yield own[0][0] if own else absent(options["eval_batch_size"]), *labels_and_mask
+
+    def close() -> None:
+        labels.close()
+        if images:
+            images.close()
+
+    return dataclasses.replace(
+        labels,
+        image_shape=described.image_shape,
+        batch_at=batch_at,
+        eval_batches=eval_batches,
+        close=close,
     )
 
 

@@ -103,7 +103,7 @@ def train_batches(
       batch_size: examples a batch, over all processes.
       rows: [start, stop), the rows of a batch that this process makes.
       seed: of order and augmentation, in [0, 2**32).
-      image_size: S, pixels a side.
+      image_size: S, pixels a side; 0 for labels alone, for which no image is decoded.
       channels: 1 or 3.
       augment: random resized crops; otherwise the centre.
       flip: whether augmentation mirrors half of the images.
@@ -115,7 +115,9 @@ def train_batches(
     per_epoch = len(source) // batch_size * batch_size
     # The slice takes an epoch's remainder away; without it batches would straddle two epochs.
     examples = grain.MapDataset.source(source).seed(seed).shuffle().slice(slice(per_epoch)).repeat()
-    if augment:
+    if image_size == 0:
+        examples = examples.map(functools.partial(_label_only, channels=channels))
+    elif augment:
         examples = examples.random_map(
             functools.partial(_train_example, image_size=image_size, channels=channels, flip=flip)
         )
@@ -143,9 +145,11 @@ def eval_batches(
     Returns:
       As `train_batches`, with "mask" float32 [rows].
     """
-    examples = grain.MapDataset.source(Padded(source, batch_size)).map(
-        functools.partial(_eval_example, image_size=image_size, channels=channels)
-    )
+    if image_size == 0:
+        example = functools.partial(_label_only, channels=channels)
+    else:
+        example = functools.partial(_eval_example, image_size=image_size, channels=channels)
+    examples = grain.MapDataset.source(Padded(source, batch_size)).map(example)
     return _batches(examples, batch_size, rows)
 
 
@@ -317,6 +321,13 @@ def _train_example(
         data, rng, image_size=image_size, channels=channels, flip=flip
     )
     return {"images": image, "labels": np.int32(label)}
+
+
+def _label_only(example: tuple[Any, ...], *, channels: int) -> dict[str, Any]:
+    _, label, *mask = example
+    image = np.zeros((0, 0, channels), np.uint8)
+    masks = {"mask": np.float32(mask[0])} if mask else {}
+    return {"images": image, "labels": np.int32(label)} | masks
 
 
 def _center_example(

@@ -1,0 +1,323 @@
+"""A run of several processes: how they find one another, and what happens when one of them stops.
+
+jax.distributed connects the processes' devices. Before that, and beside it for as long as the run
+lasts, process 0 keeps a connection to each of the others, the roll call: it knows who is missing
+and who gave another number of processes, and it tells everybody at once when one has failed or
+has died. A machine that vanishes without closing its connections is noticed by jax's heartbeats.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from multiprocessing import connection
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dgl_jax.errors import UserError
+
+_roll_call = None
+_num_processes = 1
+
+
+def initialize(
+    coordinator: str,
+    num_processes: int,
+    process_id: int,
+    connect_timeout_s: float = 120.0,
+    heartbeat_timeout_s: int = 60,
+) -> None:
+    """Joins a run of several processes. Must run before anything touches a device.
+
+    Args:
+      coordinator: HOST:PORT of process 0, as all processes reach it; PORT + 1 must be free too.
+      num_processes: of the run; the same in all of them.
+      process_id: 0 to num_processes - 1, one each.
+      connect_timeout_s: how long the processes wait for one another.
+      heartbeat_timeout_s: after so long without a sign of life a process counts as dead. One that
+        ends or is killed is noticed at once.
+
+    Raises:
+      UserError: the arguments don't fit together, or with those of the others, or not all
+        processes have come in time.
+    """
+    global _roll_call, _num_processes
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 65535):
+        raise UserError(f"--coordinator={coordinator} must be HOST:PORT; try localhost:8476")
+    if num_processes < 1:
+        raise UserError(f"--num_processes={num_processes} must be at least 1")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id={process_id} must be in 0 to {num_processes - 1}, as "
+            f"--num_processes={num_processes}"
+        )
+    address = (host, int(port) + 1)
+    deadline = time.monotonic() + connect_timeout_s
+    if process_id == 0:
+        _roll_call = _Leader(address, num_processes, deadline)
+    else:
+        _roll_call = _Follower(address, num_processes, process_id, deadline)
+    _num_processes = num_processes
+    _allow_transfers(_own_address(host))
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        initialization_timeout=max(1, round(connect_timeout_s)),
+        heartbeat_timeout_seconds=heartbeat_timeout_s,
+    )
+
+
+def initialize_from_cluster(heartbeat_timeout_s: int = 60) -> None:
+    """Joins a run whose processes a cluster has started: Slurm, Kubernetes, MPI, a TPU pod.
+
+    The cluster says where the coordinator is and who is who. There is no roll call: a process
+    that is missing or dead is noticed by jax, within its time limits.
+
+    Args:
+      heartbeat_timeout_s: after so long without a sign of life a process counts as dead.
+
+    Raises:
+      UserError: no cluster was recognised.
+    """
+    global _num_processes
+    _allow_transfers(socket.gethostbyname(socket.gethostname()))
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout_s)
+    except ValueError as error:
+        raise UserError(
+            f"--distributed: no cluster was recognised ({error}); give --coordinator, "
+            "--num_processes and --process_id"
+        ) from error
+    _num_processes = jax.process_count()
+
+
+def num_processes() -> int:
+    """The number of processes, without touching a device."""
+    return _num_processes
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which writes the run's files."""
+    return _num_processes == 1 or jax.process_index() == 0
+
+
+def agree(value: Any) -> Any:
+    """Process 0's value, in all processes: JSON of any kind. All must call it."""
+    if _num_processes == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    with jax.transfer_guard("allow"):
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+        padded = np.resize(text, size) if is_main() else np.zeros(size, np.uint8)
+        return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def check_same(config: dict[str, Any]) -> None:
+    """Raises UserError in a process whose configuration is not that of process 0."""
+    first = agree(config)
+    own = json.loads(json.dumps(config))
+    for section in own:
+        if own[section] != first[section]:
+            raise UserError(
+                f"config.{section}={own[section]} in process {jax.process_index()} is not that of "
+                f"process 0, {first[section]}; give all processes the same configuration"
+            )
+
+
+def finish() -> None:
+    """Ends a run in which nothing went wrong: waits for the other processes."""
+    if _roll_call is not None:
+        _roll_call.finish()
+    if _num_processes > 1:
+        jax.distributed.shutdown()
+
+
+def fail(message: str, code: int) -> None:
+    """Tells the other processes, which end with that line and exit code too. Returns."""
+    if _roll_call is not None:
+        who = "process 0: " if isinstance(_roll_call, _Leader) else ""  # It names the others.
+        _roll_call.tell({"failed": who + message, "code": code})
+
+
+def _allow_transfers(own_address: str) -> None:
+    """What jax needs on CPUs to send arrays from one process to another."""
+    # With port 0 jaxlib aborts: the port must be known beforehand.
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    jax.config.update("jax_cross_host_transfer_socket_address", f"{own_address}:{port}")
+    # Nothing here uses the notice; with it, SIGTERM would not end a process.
+    jax.config.update("jax_enable_preemption_service", False)
+
+
+def _own_address(host: str) -> str:
+    """The address of this machine on the network on which it reaches the host."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((socket.gethostbyname(host), 1))  # Sends nothing.
+        return probe.getsockname()[0]
+
+
+def _send(peer: connection.Connection, message: dict[str, Any]) -> None:
+    try:
+        peer.send_bytes(json.dumps(message).encode())
+    except OSError:
+        pass  # It has died; whoever reads from it will say so.
+
+
+def _receive(peer: connection.Connection) -> dict[str, Any] | None:
+    """The next message; None when the other end is closed."""
+    try:
+        return json.loads(peer.recv_bytes())
+    except (EOFError, OSError):
+        return None
+
+
+def _end(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(code)  # The main thread may wait for a device that will never answer.
+
+
+_DIED = (
+    "{who} has stopped without a word (killed, or its machine failed); the last checkpoint is "
+    "whole, and the same command goes on from it"
+)
+
+
+class _Leader:
+    """Process 0's side: one thread for each of the others."""
+
+    def __init__(self, address: tuple[str, int], num_processes: int, deadline: float):
+        self._num_processes = num_processes
+        self._peers: dict[int, connection.Connection] = {}
+        self._finished: set[int] = set()
+        self._changed = threading.Condition()
+        self._refused = None
+        try:
+            self._listener = connection.Listener(("", address[1]), backlog=num_processes)
+        except OSError as error:
+            raise UserError(
+                f"--coordinator={address[0]}:{address[1] - 1}: port {address[1]} is not free "
+                f"({error.strerror}); choose another port"
+            ) from error
+        threading.Thread(target=self._accept, daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._refused or len(self._peers) == num_processes - 1,
+                timeout=max(0.0, deadline - time.monotonic()),
+            )
+            missing = [str(p) for p in range(1, num_processes) if p not in self._peers]
+        if self._refused or missing:
+            problem = self._refused or (
+                f"--num_processes={num_processes}: process {', '.join(missing)} has not come in "
+                "time; start it, or raise --connect_timeout_s"
+            )
+            self.tell({"failed": problem, "code": 2})
+            raise UserError(problem)
+        self.tell({"complete": True})
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                peer = self._listener.accept()
+            except OSError:
+                continue  # One that went away at once.
+            threading.Thread(target=self._attend, args=(peer,), daemon=True).start()
+
+    def _attend(self, peer: connection.Connection) -> None:
+        hello = _receive(peer)
+        if hello is None or "process_id" not in hello:
+            return  # Not one of ours.
+        process_id, given = hello["process_id"], hello["num_processes"]
+        with self._changed:
+            problem = None
+            if given != self._num_processes:
+                problem = (
+                    f"--num_processes={given} in process {process_id}, but {self._num_processes} "
+                    "in process 0; give all the same number"
+                )
+            elif process_id in self._peers:
+                problem = f"--process_id={process_id} was given to two processes; number them"
+            if problem:
+                self._refused = problem
+                _send(peer, {"failed": problem, "code": 2})
+            else:
+                self._peers[process_id] = peer
+            self._changed.notify_all()
+        while not problem:
+            message = _receive(peer)
+            with self._changed:
+                if message is None and process_id in self._finished:
+                    return
+                if message is not None and "finished" in message:
+                    self._finished.add(process_id)
+                    self._changed.notify_all()
+                    continue
+            who = f"process {process_id}"
+            text = _DIED.format(who=who) if message is None else f"{who}: {message['failed']}"
+            code = 1 if message is None else message["code"]
+            self.tell({"failed": text, "code": code})
+            _end(text, code)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        for peer in list(self._peers.values()):
+            _send(peer, message)
+
+    def finish(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._finished) == len(self._peers))
+        self.tell({"finished": True})
+
+
+class _Follower:
+    """The side of every other process."""
+
+    def __init__(
+        self, address: tuple[str, int], num_processes: int, process_id: int, deadline: float
+    ):
+        self._finished = threading.Event()
+        self._complete = threading.Event()
+        while True:  # Process 0 may start later.
+            try:
+                # The probe has a time limit, which a Client lacks.
+                socket.create_connection(address, timeout=5).close()
+                self._leader = connection.Client(address)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"--coordinator={address[0]}:{address[1] - 1}: process 0 does not answer "
+                        f"there ({error.strerror or error}); is it running, and is that its "
+                        "address?"
+                    ) from error
+                time.sleep(0.2)
+        self.tell({"process_id": process_id, "num_processes": num_processes})
+        threading.Thread(target=self._attend, daemon=True).start()
+        self._complete.wait()  # Process 0 ends the wait: with everybody there, or an error.
+
+    def _attend(self) -> None:
+        while True:
+            message = _receive(self._leader)
+            if message is None:
+                if self._finished.is_set():
+                    return
+                _end(_DIED.format(who="process 0"), 1)
+            if "failed" in message:
+                _end(message["failed"], message["code"])
+            if "complete" in message:
+                self._complete.set()
+            if "finished" in message:
+                self._finished.set()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        _send(self._leader, message)
+
+    def finish(self) -> None:
+        self.tell({"finished": True})
+        self._finished.wait()

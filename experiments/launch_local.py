@@ -1,0 +1,122 @@
+"""Starts several processes of one run on this machine.
+
+python experiments/launch_local.py --num_processes=2 -- experiments/train.py \
+    --config=experiments/configs/quickstart.py --workdir=runs/two_processes \
+    --config.placement.kind=pipelined --config.placement.num_devices=6
+
+What each prints comes with its number in front. When one fails all are ended, and this ends with
+the exit code of the first that failed.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+from absl import app, flags
+
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.", lower_bound=1)
+_GRACE_S = 10
+
+
+def main(argv: list[str]) -> None:
+    script = argv[1:]
+    if not script or not _NUM_PROCESSES.value:
+        _fail(
+            "give --num_processes=N -- SCRIPT.py [FLAG ...], such as --num_processes=2 -- "
+            "experiments/train.py --config=... --workdir=..."
+        )
+    if not os.path.isfile(script[0]):
+        _fail(f"{script[0]} is not a file; give a Python script after --")
+    coordinator = f"localhost:{_free_ports()}"
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-u", *script, f"--coordinator={coordinator}"),
+                f"--num_processes={_NUM_PROCESSES.value}",
+                f"--process_id={process_id}",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process_id in range(_NUM_PROCESSES.value)
+    ]
+    signal.signal(signal.SIGTERM, lambda *unused: sys.exit(128 + signal.SIGTERM))
+    failed = []
+    ended = threading.Condition()
+
+    def follow(process_id: int, process: subprocess.Popen) -> None:
+        for line in process.stdout:
+            print(f"[{process_id}] {line}", end="", flush=True)
+        code = process.wait()
+        with ended:
+            if code:
+                failed.append((process_id, code))
+            ended.notify_all()
+
+    threads = [
+        threading.Thread(target=follow, args=pair, daemon=True) for pair in enumerate(processes)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        with ended:
+            ended.wait_for(lambda: failed or all(p.poll() is not None for p in processes))
+            if failed:  # The others may be about to say the same in their own words.
+                ended.wait_for(lambda: all(p.poll() is not None for p in processes), timeout=2)
+    except KeyboardInterrupt:
+        failed.append((None, 128 + signal.SIGINT))
+    finally:
+        _end(processes)
+        for thread in threads:
+            thread.join(timeout=_GRACE_S)
+    if failed:
+        process_id, code = failed[0]
+        if process_id is not None:
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            print(f"error: process {process_id} {how}; the others were ended", file=sys.stderr)
+        sys.exit(128 - code if code < 0 else code)
+
+
+def _end(processes: list[subprocess.Popen]) -> None:
+    for stop in (subprocess.Popen.terminate, subprocess.Popen.kill):
+        for process in processes:
+            if process.poll() is None:
+                stop(process)
+        for process in processes:
+            try:
+                process.wait(timeout=_GRACE_S)
+            except subprocess.TimeoutExpired:
+                pass
+
+
+def _free_ports() -> int:
+    """A port that is free, with its neighbour."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("", port + 1))
+                return port
+            except OSError:
+                continue
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)
