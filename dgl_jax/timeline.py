@@ -76,7 +76,7 @@ def plot_timeline(
     length = max(span.end for span in spans) - origin
     unit, name = (1, "s") if length >= 1 else (1e-3, "ms") if length >= 1e-3 else (1e-6, "µs")
     with plt.rc_context(_STYLE | _TIMELINE_STYLE):
-        figure, axes = plt.subplots(figsize=(8, 1.35 + 0.4 * len(devices)))
+        figure, axes = plt.subplots(figsize=(8, 1.5 + 0.42 * len(devices)), layout="constrained")
         bars = collections.defaultdict(list)  # By what they look like.
         for span in spans:
             start, width = (span.start - origin) / unit, (span.end - span.start) / unit
@@ -94,22 +94,17 @@ def plot_timeline(
         axes.set_yticks(range(len(devices)), [str(name) for name in names])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(devices) - 0.4, -0.6)
-        axes.set_xlim(0, length / unit)
+        axes.set_xlim(0, 1.003 * length / unit)  # The last edge is not cut off.
         axes.set_xlabel(f"time, {name}")
         axes.set_title(title, fontsize=10, loc="left")
         used = {span.operation for span in spans}
-        axes.legend(
-            handles=[
-                Patch(label=label, **_patch((0.5, 0.5, 0.5), look))
-                for operation, (label, look) in _LOOKS.items()
-                if operation in used
-            ],
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.48 / (0.4 * len(devices) + 0.1)),
-            ncols=len(used),
-            frameon=False,
-            fontsize=8,
-        )
+        handles = [
+            Patch(label=label, **_patch((0.5, 0.5, 0.5), look))
+            for operation, (label, look) in _LOOKS.items()
+            if operation in used
+        ]
+        where = "outside lower center"
+        figure.legend(handles=handles, loc=where, ncols=len(used), frameon=False, fontsize=8)
         figure.savefig(path)
         plt.close(figure)
 

@@ -3,7 +3,9 @@
 import collections
 import dataclasses
 import itertools
+import json
 import math
+import pathlib
 import random
 import subprocess
 import sys
@@ -90,8 +92,9 @@ def test_ddg_is_as_fast_as_its_slowest_block_where_links_are_free():
 
 @pytest.mark.parametrize("num_blocks", [2, 3, 4])
 def test_ddg_waits_for_transfers_where_dgl_does_not(num_blocks):
-    # A batch goes up and down in K steps, and the lowest block's next one can't leave before.
-    # Meanwhile each block works 3 s a step, and 2 (K - 1) transfers hold it up.
+    # Block 0's backward pass waits for its batch to go up and come down, K - 1 steps after it
+    # left, and its forward pass of the step after waits for that: every K steps 2 (K - 1)
+    # transfers are in the way, besides K blocks' passes of 3 s.
     scenario = Scenario((_BLOCK,) * num_blocks, Cluster(Link(latency=0.25)))
     exposed = 2 * (num_blocks - 1) * 0.25 / num_blocks
     assert _equal(_seconds("ddg", scenario), 3 + exposed)
@@ -219,3 +222,28 @@ def test_pictures_are_drawn_of_any_operation(tmp_path):
 def test_it_needs_no_jax():
     code = "import sys, dgl_jax.simulator; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_finished_run_is_predicted_from_its_summary(tmp_path):
+    summary = {
+        "method": "dgl", "num_blocks": 2, "network": "small", "dataset": "embedded",
+        "batch_size": 12, "device_kind": "cpu", "train_examples_per_second": None,
+        "block_step_seconds": [3.0, 6.0], "block_flops": [2.0, 4.0], "head_flops": [1.0, 2.0],
+        "bytes_between_blocks": [12.0], "block_parameters": [5, 6], "head_parameters": [1, 2],
+    }  # fmt: skip
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    script = pathlib.Path(__file__).parents[1] / "experiments" / "simulate.py"
+    arguments = ["--inside_host_bandwidth=2", "--inside_host_latency=0", "--dispatch_seconds=0"]
+    arguments += ["--num_microbatches=4", f"--summary={tmp_path}/summary.json", f"--out={tmp_path}"]
+    result = subprocess.run(
+        [sys.executable, script, *arguments], check=False, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "simulate.json").read_text())["rows"]
+    seconds = {row["method"]: row["seconds_per_step"] for row in rows}
+    # The first block's head takes a third of its 3 s; a mini-batch is sent in 6 s.
+    assert _equal(seconds["backprop"], 2 + 6)
+    assert _equal(seconds["dgl"], 6) and _equal(seconds["async_dgl"], 6)
+    # Half of 8 s, and 4 bytes for each of 13 parameters, all but those of the auxiliary head.
+    assert _equal(seconds["data_parallel"], 4 + 2 / 2 * 52 / 2)
+    assert (tmp_path / "timeline_ddg.png").exists()
