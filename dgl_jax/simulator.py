@@ -157,20 +157,20 @@ def run(tasks: Sequence[Task], dispatch_seconds: float = 0.0) -> list[tuple[floa
 
 
 def bound_in_flight(tasks: Sequence[Task], max_unfinished_steps: int) -> list[Task]:
-    """Back-pressure: a host begins a step when its own tasks of so many steps before have ended.
+    """Back-pressure: a host begins a step when its programs of so many steps before have ended.
 
     As the runners have it: ``max_unfinished_steps`` = 1 dispatches a step when the one before
     has ended.
     """
-    own = collections.defaultdict(list)
+    programs, first = collections.defaultdict(list), {}
     for place, task in enumerate(tasks):
-        own[task.host, task.step].append(place)
+        first.setdefault((task.host, task.step), place)
+        if task.operation != SEND:
+            programs[task.host, task.step].append(place)
     bounded = list(tasks)
-    for (host, step), places in own.items():
-        waits = own.get((host, step - max_unfinished_steps))
-        if waits:
-            first = places[0]
-            bounded[first] = dataclasses.replace(tasks[first], host_waits=tuple(waits))
+    for (host, step), place in first.items():
+        waits = tuple(programs.get((host, step - max_unfinished_steps), ()))
+        bounded[place] = dataclasses.replace(tasks[place], host_waits=waits)
     return bounded
 
 
