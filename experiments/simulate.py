@@ -162,7 +162,7 @@ which favours the pipelines and data_parallel.""".splitlines()
     parts.append("Nothing here was measured on the devices it speaks of. Assumed:")
     parts.append("\n".join(f"- {line}" for line in assumptions))
     if measured:
-        parts.append(f"The run itself reached {_rate(measured)} images/s.")
+        parts.append(f"The run itself, with its own placement, reached {_rate(measured)} images/s.")
     parts += ["## Methods", _methods_table(rows), "## By bandwidth", _sweep_table(sweep)]
     parts += [f"## Block {slow.slow_block} of {shown} takes {slow.slowdown:g} times as long"]
     parts += [_slowed_table(slowed)]
