@@ -33,7 +33,7 @@ from dgl_jax.models import check_image_shape
 from dgl_jax.optim import make_optimizer, make_schedule
 from dgl_jax.pipeline import activation_shapes, init_states
 from dgl_jax.run_folder import previous_run, write_summary
-from dgl_jax.schedule import BACKWARD, UPDATE
+from dgl_jax.schedule import APPLY, BACKWARD, UPDATE
 from dgl_jax.types import TrainState
 
 
@@ -60,6 +60,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
 
     # ---- Data, on the devices of the first block.
     placement.request_cpu_devices(config.placement)
+    if config.method.name == "data_parallel":
+        config = dataclasses.replace(config, placement=placement.over_all(config.placement))
     first_placement = placement.make_placements(config.placement, num_blocks=1)[0]
     dataset = _load_dataset(config, first_placement.batch)
     steps_per_epoch = dataset.steps_per_epoch
@@ -205,7 +207,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any]:
                 raise
             step += 1
             for task in tasks:
-                if task.operation in (UPDATE, BACKWARD) and task.block in step_metrics:
+                if task.operation in (UPDATE, BACKWARD, APPLY) and task.block in step_metrics:
                     step_metrics[task.block]["updates"] = task.turn + 1
             log.append(step, step_metrics)
             if clock is None or metrics.compile_seconds() > compiled:
