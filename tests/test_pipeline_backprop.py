@@ -35,7 +35,7 @@ _OPTIMIZER = OptimizerConfig(
     learning_rate=_LEARNING_RATE, momentum=_MOMENTUM, weight_decay=_DECAY, schedule="constant"
 )
 _LOSS_FN = make_loss_fn(LossConfig())
-_CUTS = (0, 2)
+_CUTS = (0, 1)
 
 
 class PlainLayer(nn.Module):
@@ -73,12 +73,18 @@ class RematLayer(nn.Module):
 
 
 @pytest.fixture
+def norm_network(small_network) -> Network:
+    return Network("norm", small_network.layers[:3], small_network.head)
+
+
+@pytest.fixture
 def plain_network(small_network) -> Network:
-    return Network("plain", [PlainLayer(c) for c in (3, 4, 4, 5)], small_network.head)
+    return Network("plain", [PlainLayer(c) for c in (3, 4, 5)], small_network.head)
 
 
 @pytest.fixture
 def dropout_network(small_network) -> Network:
+    """The second of the three blocks has two layers."""
     layers = [DropoutLayer(3, 0.3), RematLayer(4, 0.3), DropoutLayer(4, 0.0), DropoutLayer(5, 0.3)]
     return Network("dropout", layers, small_network.head)
 
@@ -87,6 +93,16 @@ def dropout_network(small_network) -> Network:
 def float64_batches(small_batches):
     with jax.enable_x64(True):
         yield [Batch(b.images.astype(np.float64), b.labels) for b in small_batches[:6]]
+
+
+@functools.cache
+def _initial_states(blocks, dtype):
+    """As numpy arrays; made once, since making them costs more than all else."""
+    optimizer = make_optimizer(_OPTIMIZER, num_steps=20, steps_per_epoch=5)
+    placements = make_placements(PlacementConfig(), len(blocks))
+    states = init_states(blocks, optimizer, jax.random.key(0), (6, 6, 2), placements)
+    cast = lambda leaf: leaf.astype(dtype) if leaf.dtype == np.float32 else leaf
+    return jax.tree.map(cast, jax.device_get(states))
 
 
 def _start(name, network, cuts, images, num_devices=3, data_parallel=1, **method):
@@ -102,11 +118,11 @@ def _start(name, network, cuts, images, num_devices=3, data_parallel=1, **method
     blocks = METHODS[name].make_blocks(network, cuts, None, _LOSS_FN)
     optimizer = make_optimizer(_OPTIMIZER, num_steps=20, steps_per_epoch=5)
     placements = make_placements(placement, len(blocks))
-    key = jax.random.key(0)
-    states = init_states(blocks, optimizer, key, (6, 6, 2), placements)
-    cast = lambda leaf: leaf.astype(images.dtype) if leaf.dtype == jnp.float32 else leaf
-    states = jax.tree.map(lambda leaf: jax.device_put(cast(leaf), leaf.sharding), states)
-    runner = METHODS[name].make_runner(config, blocks, optimizer, key, placements)
+    states = tuple(
+        jax.device_put(state, place.state)
+        for state, place in zip(_initial_states(blocks, images.dtype), placements)
+    )
+    runner = METHODS[name].make_runner(config, blocks, optimizer, jax.random.key(0), placements)
     images = jax.ShapeDtypeStruct(images.shape, images.dtype)
     state = TrainState(states, runner.init_memory(states, images))
     schedule = METHODS[name].make_schedule(config, len(blocks), 20, 5)
@@ -123,6 +139,7 @@ def _train(name, network, cuts, batches, **options):
     batches = jax.device_put(batches, placements[0].batch)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     losses, num_blocks = [], len(state.blocks)
+    compiled = compile_seconds()
     for step, tasks in zip(range(len(batches)), schedule.tasks(0)):
         if step == 1:
             compiled = compile_seconds()
@@ -150,9 +167,9 @@ def _whole(states):
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 4])
-def test_it_is_backprop(small_network, plain_network, float64_batches, num_microbatches):
+def test_it_is_backprop(norm_network, plain_network, float64_batches, num_microbatches):
     """In one microbatch whatever the layers; in several where each example is for itself."""
-    network = small_network if num_microbatches == 1 else plain_network
+    network = norm_network if num_microbatches == 1 else plain_network
     run = functools.partial(_train, network=network, batches=float64_batches)
     losses, states = run("pipeline_backprop", cuts=_CUTS, num_microbatches=num_microbatches)
     expected, expected_states = run("backprop", cuts=(), num_devices=0)
@@ -166,9 +183,9 @@ def test_microbatches_with_batch_norm_and_dropout_are_a_loop_over_them(
     dropout_network, float64_batches
 ):
     """BatchNorm's statistics are a microbatch's; masks go by block, step and microbatch."""
-    num_microbatches, key = 4, jax.random.key(0)
+    num_microbatches, key, cuts = 4, jax.random.key(0), (0, 2)
     modules = dropout_network.layers
-    places = [(0, 0), (1, 0), (1, 1), (2, 0)]  # (block, layer in it), with _CUTS.
+    places = [(0, 0), (1, 0), (1, 1), (2, 0)]  # (block, layer in it).
 
     def network_loss(params, stats, x, labels, step, microbatch):
         after = []
@@ -185,8 +202,8 @@ def test_microbatches_with_batch_norm_and_dropout_are_a_loop_over_them(
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
         return -jnp.mean(picked), after
 
-    state, *_ = _start("pipeline_backprop", dropout_network, _CUTS, float64_batches[0].images)
-    params, (stats, _), momenta = _whole(jax.device_get(state.blocks))
+    blocks = METHODS["pipeline_backprop"].make_blocks(dropout_network, cuts, None, _LOSS_FN)
+    params, (stats, _), momenta = _whole(_initial_states(blocks, np.dtype(np.float64)))
     gradient_fn = jax.jit(jax.value_and_grad(network_loss, has_aux=True))
     expected = []
     for step, batch in enumerate(float64_batches):
@@ -204,7 +221,7 @@ def test_microbatches_with_batch_norm_and_dropout_are_a_loop_over_them(
         params = jax.tree.map(lambda w, m: w - _LEARNING_RATE * m, params, momenta)
         expected.append(np.mean(losses))
 
-    losses, states = _train("pipeline_backprop", dropout_network, _CUTS, float64_batches)
+    losses, states = _train("pipeline_backprop", dropout_network, cuts, float64_batches)
     np.testing.assert_allclose(losses, expected, rtol=1e-10)
     found, (found_stats, _), _ = _whole(states)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
@@ -214,31 +231,24 @@ def test_microbatches_with_batch_norm_and_dropout_are_a_loop_over_them(
 # ---- How it runs.
 
 
-def test_schedules_and_devices_change_no_bit(dropout_network, small_batches):
-    run = functools.partial(_train, "pipeline_backprop", dropout_network, _CUTS, small_batches[:4])
+def test_schedules_and_devices_change_nothing(dropout_network, small_batches):
+    """One device a block: to the bit. A block over two devices sums in another order."""
+    batches = small_batches[:4]
+    run = functools.partial(_train, "pipeline_backprop", dropout_network, (0, 2), batches)
     before = compile_seconds()
-    expected = run(num_devices=3, pipeline_schedule="1f1b")
+    expected = run(num_devices=1, pipeline_schedule="1f1b")
     assert compile_seconds() > before  # So the check in _train would see one.
-    for num_devices, kind in ((3, "gpipe"), (1, "1f1b")):
-        other = run(num_devices=num_devices, pipeline_schedule=kind)
-        jax.tree.map(np.testing.assert_array_equal, other, expected)
+    other = run(num_devices=3, pipeline_schedule="gpipe")
+    jax.tree.map(np.testing.assert_array_equal, other, expected)
+    losses, _ = run(num_devices=6, data_parallel=2)
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
 
 
-def test_blocks_over_two_devices_each_equal_one(small_network, small_batches):
-    run = functools.partial(
-        _train, "pipeline_backprop", small_network, _CUTS, small_batches[:4], num_microbatches=2
-    )
-    (losses, _), (expected, _) = run(num_devices=6, data_parallel=2), run(num_devices=3)
+def test_data_parallel_is_backprop_on_one_device(norm_network, small_batches):
+    run = functools.partial(_train, network=norm_network, cuts=(), batches=small_batches[:6])
+    losses, _ = run("data_parallel", num_devices=4)
+    expected, _ = run("backprop", num_devices=0)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-
-
-def test_data_parallel_is_backprop_on_one_device(small_network, small_batches):
-    run = functools.partial(_train, network=small_network, cuts=(), batches=small_batches[:6])
-    (losses, states), (expected, _) = run("data_parallel", num_devices=4), run("backprop")
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    (state, *_, placements) = _start("data_parallel", small_network, (), small_batches[0].images, 0)
-    (place,) = placements
-    assert len(place.devices) == 8 and len(state.blocks) == len(states) == 1
 
 
 def test_the_work_of_a_block_is_its_update(plain_network, small_batches):
@@ -246,8 +256,7 @@ def test_the_work_of_a_block_is_its_update(plain_network, small_batches):
     method, batch = METHODS["pipeline_backprop"], small_batches[0]
     blocks = method.make_blocks(plain_network, (1,), None, _LOSS_FN)
     optimizer = make_optimizer(_OPTIMIZER, num_steps=20, steps_per_epoch=5)
-    state, *_ = _start("pipeline_backprop", plain_network, (1,), batch.images)
-    lower, upper = jax.device_get(state.blocks)
+    lower, upper = _initial_states(blocks, batch.images.dtype)
     works = [jax.jit(method.make_block_work(Config(), b, optimizer)) for b in blocks]
     after, metrics, (x, _) = works[0](lower, batch.images, batch.labels, jax.random.key(0))
     assert int(after.step) == 1 and metrics == {}
@@ -255,9 +264,10 @@ def test_the_work_of_a_block_is_its_update(plain_network, small_batches):
     assert all(jax.tree.leaves(changed))
     x = jnp.swapaxes(x, 0, 1).reshape(8, *x.shape[2:])  # Microbatches are taken by turns there.
     after, metrics, _ = works[1](upper, x, batch.labels, jax.random.key(0))
-    losses, _ = _train("pipeline_backprop", plain_network, (1,), [batch] * 2)
+    losses, (_, expected) = _train("pipeline_backprop", plain_network, (1,), [batch])
     np.testing.assert_allclose(metrics["loss"], losses[0], rtol=1e-6)
-    assert 0 <= metrics["top1"] <= 1 and METHODS["ddg"].bytes_between is method.bytes_between
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, after.params, expected.params)
 
 
 # ---- The schedules.
@@ -330,18 +340,24 @@ def _checked(fields):
     [
         (
             _PIPELINE | {"train.batch_size": 130},
-            "config.train.batch_size=130 must be divisible by config.method.num_microbatches=4; "
-            "try config.train.batch_size=128",
+            (
+                "config.train.batch_size=130 must be divisible by config.method.num_microbatches=4; "
+                "try config.train.batch_size=128"
+            ),
         ),
         (
             _PIPELINE | {"train.batch_size": 8, "placement.data_parallel": 4},
-            "config.train.batch_size=8 makes 4 microbatches of 2, which must be divisible by "
-            "config.placement.data_parallel=4; try config.train.batch_size=16",
+            (
+                "config.train.batch_size=8 makes 4 microbatches of 2, which must be divisible by "
+                "config.placement.data_parallel=4; try config.train.batch_size=16"
+            ),
         ),
         (
             {"method.name": "pipeline_backprop"},
-            "config.placement.kind=fused is not for config.method.name=pipeline_backprop; "
-            "set config.placement.kind=pipelined",
+            (
+                "config.placement.kind=fused is not for config.method.name=pipeline_backprop; "
+                "set config.placement.kind=pipelined"
+            ),
         ),
         (
             _PIPELINE | {"method.num_microbatches": 0},
@@ -353,13 +369,17 @@ def _checked(fields):
         ),
         (
             {"method.name": "dgl", "method.num_microbatches": 8},
-            "config.method.num_microbatches=8 is used by pipeline_backprop only, not by dgl; "
-            "set config.method.num_microbatches=4",
+            (
+                "config.method.num_microbatches=8 is used by pipeline_backprop only, not by dgl; "
+                "set config.method.num_microbatches=4"
+            ),
         ),
         (
             _DATA_PARALLEL | {"train.batch_size": 130, "placement.num_devices": 4},
-            "config.train.batch_size=130 must be divisible by config.placement.num_devices=4; "
-            "try 128",
+            (
+                "config.train.batch_size=130 must be divisible by config.placement.num_devices=4; "
+                "try 128"
+            ),
         ),
         (
             _DATA_PARALLEL | {"eval.batch_size": 3, "placement.num_devices": 4},
@@ -367,13 +387,17 @@ def _checked(fields):
         ),
         (
             _DATA_PARALLEL | {"placement.kind": "pipelined"},
-            "config.placement.kind=pipelined is not for config.method.name=data_parallel; "
-            "set config.placement.kind=fused",
+            (
+                "config.placement.kind=pipelined is not for config.method.name=data_parallel; "
+                "set config.placement.kind=fused"
+            ),
         ),
         (
             _DATA_PARALLEL | {"placement.data_parallel": 2},
-            "config.placement.data_parallel=2 is not used by data_parallel, whose batches are "
-            "split over config.placement.num_devices; set that, and leave the other out",
+            (
+                "config.placement.data_parallel=2 is not used by data_parallel, whose batches are "
+                "split over config.placement.num_devices; set that, and leave the other out"
+            ),
         ),
     ],
 )
