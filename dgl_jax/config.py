@@ -27,6 +27,10 @@ class MethodConfig:
     # ddg: delayed gradients are taken at the "stale" weights of their forward pass (the paper),
     # or at the "current" ones (the public code).
     weights: str = "stale"
+    # pipeline_backprop: M, the parts of a batch that go through the blocks one after the other;
+    # and in which order each block works on them: gpipe or 1f1b, see schedule.pipeline.
+    num_microbatches: int = 4
+    pipeline_schedule: str = "1f1b"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +318,11 @@ _METHODS = (
     "cdni",
     "ddg",
     "features_replay",
+    "data_parallel",
+    "pipeline_backprop",
 )
+# Those whose one block is the whole network.
+ONE_BLOCK_METHODS = ("backprop", "data_parallel")
 # Those whose blocks have auxiliary heads and local losses.
 LOCAL_METHODS = ("dgl", "sequential", "async_dgl", "async_dgl_parallel")
 _LOSSES = ("cross_entropy", "pred", "sim", "predsim")
@@ -322,6 +330,7 @@ _LOSSES = ("cross_entropy", "pred", "sim", "predsim")
 _CHOICES = {
     "method.name": _METHODS,
     "method.weights": ("stale", "current"),
+    "method.pipeline_schedule": ("gpipe", "1f1b"),
     "replay.order": ("random", "round_robin"),
     "replay.buffer_dtype": ("float32", "bfloat16", "int8"),
     "replay.policy": ("lifo_least_reused", "official", "fifo"),
@@ -346,6 +355,7 @@ _CHOICES = {
 _MINIMUM = {
     "seed": (0, True),
     "method.laps": (1, True),
+    "method.num_microbatches": (1, True),
     "replay.slow_block": (0, True),
     "replay.slowdown": (1, True),
     "replay.buffer_size": (1, True),
@@ -563,16 +573,18 @@ def _check_method(config: Config) -> None:
     """Fields that belong to one method, and what a method can't do."""
     method, loss, kind = config.method, config.loss, config.placement.kind
     is_async = method.name in ("async_dgl", "async_dgl_parallel")
-    if method.laps > 1 and method.name != "sequential":
-        raise UserError(
-            f"config.method.laps={method.laps} is used by sequential only, not by {method.name}; "
-            "set config.method.laps=1"
-        )
-    if method.weights != "stale" and method.name != "ddg":
-        raise UserError(
-            f"config.method.weights={method.weights} is used by ddg only, not by {method.name}; "
-            "set config.method.weights=stale"
-        )
+    for field, owner in (
+        ("laps", "sequential"),
+        ("weights", "ddg"),
+        ("num_microbatches", "pipeline_backprop"),
+        ("pipeline_schedule", "pipeline_backprop"),
+    ):
+        value, default = getattr(method, field), getattr(MethodConfig, field)
+        if value != default and method.name != owner:
+            raise UserError(
+                f"config.method.{field}={value} is used by {owner} only, not by {method.name}; "
+                f"set config.method.{field}={default}"
+            )
     if config.replay != ReplayConfig() and not is_async:
         field, value = next(
             (field.name, getattr(config.replay, field.name))
@@ -584,7 +596,8 @@ def _check_method(config: Config) -> None:
             f"not by {method.name}; leave it out"
         )
     wanted = {"async_dgl": "fused", "dni": "fused", "cdni": "fused"}
-    wanted["async_dgl_parallel"] = "pipelined"
+    wanted |= {"data_parallel": "fused"}
+    wanted |= dict.fromkeys(("async_dgl_parallel", "pipeline_backprop"), "pipelined")
     if wanted.get(method.name, kind) != kind:
         raise UserError(
             f"config.placement.kind={kind} is not for config.method.name={method.name}; "
@@ -714,20 +727,31 @@ def _check_together(config: Config) -> None:
             f"config.train.num_steps={train.num_steps} and config.train.num_epochs="
             f"{train.num_epochs:g}: exactly one must be positive; set the other to 0"
         )
+    is_data_parallel = config.method.name == "data_parallel"
+    field, split = "data_parallel", placement.data_parallel
+    if is_data_parallel:
+        field, split = "num_devices", placement.num_devices or 1  # 0: known later, checked there.
+        if placement.data_parallel not in (1, placement.num_devices):
+            raise UserError(
+                f"config.placement.data_parallel={placement.data_parallel} is not used by "
+                "data_parallel, whose batches are split over config.placement.num_devices; set "
+                "that, and leave the other out"
+            )
     for section, size in (("train", train.batch_size), ("eval", config.eval.batch_size)):
-        if size % placement.data_parallel:
-            smaller = size // placement.data_parallel * placement.data_parallel
+        if size % split:
             raise UserError(
                 f"config.{section}.batch_size={size} must be divisible by "
-                f"config.placement.data_parallel={placement.data_parallel}; "
-                f"try {smaller or placement.data_parallel}"
+                f"config.placement.{field}={split}; try {size // split * split or split}"
             )
+    if config.method.name == "pipeline_backprop":
+        _check_microbatches(config)
     if placement.num_devices % placement.data_parallel:
         raise UserError(
             f"config.placement.num_devices={placement.num_devices} must be a multiple of "
             f"config.placement.data_parallel={placement.data_parallel}"
         )
-    if placement.kind == "fused" and placement.num_devices > placement.data_parallel:
+    is_too_many = placement.num_devices > placement.data_parallel and not is_data_parallel
+    if placement.kind == "fused" and is_too_many:
         raise UserError(
             f"config.placement.num_devices={placement.num_devices}: a fused run uses "
             f"config.placement.data_parallel={placement.data_parallel} devices; raise that, "
@@ -750,6 +774,23 @@ def _check_together(config: Config) -> None:
             "set config.partition.strategy=explicit"
         )
     _check_optimizer_and_data(config.optimizer, config.data)
+
+
+def _check_microbatches(config: Config) -> None:
+    size, num_microbatches = config.train.batch_size, config.method.num_microbatches
+    parts = num_microbatches * config.placement.data_parallel
+    remedy = f"try config.train.batch_size={size // parts * parts or parts}"
+    if size % num_microbatches:
+        raise UserError(
+            f"config.train.batch_size={size} must be divisible by "
+            f"config.method.num_microbatches={num_microbatches}; {remedy}"
+        )
+    if size % parts:
+        raise UserError(
+            f"config.train.batch_size={size} makes {num_microbatches} microbatches of "
+            f"{size // num_microbatches}, which must be divisible by "
+            f"config.placement.data_parallel={config.placement.data_parallel}; {remedy}"
+        )
 
 
 def _check_optimizer_and_data(optimizer: OptimizerConfig, data: DataConfig) -> None:

@@ -19,7 +19,7 @@ import optax
 from dgl_jax.block import Block, apply_gradients, forward
 from dgl_jax.config import Config
 from dgl_jax.losses import logits_of
-from dgl_jax.pipeline import Runner, block_program, bound_in_flight, make_logits
+from dgl_jax.pipeline import Runner, bound_in_flight, compile_ahead, make_logits
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import BACKWARD, FORWARD, UPDATE, Schedule, Task
 from dgl_jax.transfer import is_local, move, place, stand_in
@@ -206,7 +206,7 @@ def make_runner(
         if block.index == last:
             update = make_last_update(block, optimizer, log_gradient_norm=log_norm)
             labels = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32, sharding=placement.batch)
-            updates[last] = _compile(
+            updates[last] = compile_ahead(
                 update, f"block_{last}", placement, outputs, (state, x, labels, key), donate=(0,)
             )
             return None, None
@@ -229,14 +229,14 @@ def make_runner(
             for leaf in jax.eval_shape(_to_arrays, kept)
         )
         activations = _struct(activations, placement.batch)
-        forwards[block.index] = _compile(
+        forwards[block.index] = compile_ahead(
             array_forward,
             f"block_{block.index}_forward",
             placement,
             (placement.batch, placement.state, tuple(leaf.sharding for leaf in slot)),
             inputs,
         )
-        updates[block.index] = _compile(
+        updates[block.index] = compile_ahead(
             array_backward,
             f"block_{block.index}_backward",
             placement,
@@ -296,20 +296,6 @@ def make_runner(
 def _batch_key(key: jax.Array, block: Block, batch_number: jax.Array) -> jax.Array:
     """The key of a block's dropout on a batch: the same forward, backward and in a replay."""
     return jax.random.fold_in(jax.random.fold_in(key, block.index), batch_number)
-
-
-def _compile(
-    fn: Callable,
-    name: str,
-    placement: BlockPlacement,
-    out_shardings: Any,
-    inputs: Any,
-    donate: tuple[int, ...] = (),
-) -> Callable:
-    """Compiles before the first step, so that a step's time is never that of compiling."""
-    fn = jax.named_call(fn, name=name)
-    program = block_program(fn, placement, out_shardings, donate_argnums=donate)
-    return program.lower(*inputs).compile() if is_local(placement.state) else program
 
 
 def _struct(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -17,7 +17,7 @@ from dgl_jax.auxiliary import (
     make_heads,
     options_that_apply,
 )
-from dgl_jax.config import LOCAL_METHODS, Config, SearchConfig
+from dgl_jax.config import LOCAL_METHODS, ONE_BLOCK_METHODS, Config, SearchConfig
 from dgl_jax.errors import UserError
 from dgl_jax.methods import METHODS
 from dgl_jax.models import make_network
@@ -58,7 +58,7 @@ def choose_cuts_and_heads(
       UserError: a wrong number of heads, an unknown one, or a file that does not fit.
     """
     partition, auxiliary = config.partition, config.auxiliary
-    if partition.strategy == "from_search" and config.method.name != "backprop":
+    if partition.strategy == "from_search" and config.method.name not in ONE_BLOCK_METHODS:
         result = load_result(partition.from_search, config.network.name, len(network.layers))
         has_heads = partition.search_heads and config.method.name in LOCAL_METHODS
         if has_heads:
@@ -86,7 +86,7 @@ def choose_cuts(
 ) -> tuple[int, ...]:
     """The cuts of every ``config.partition.strategy`` but ``from_search``."""
     num_layers, partition = len(network.layers), config.partition
-    if config.method.name == "backprop":
+    if config.method.name in ONE_BLOCK_METHODS:
         return ()
     if partition.strategy == "explicit":
         return explicit_cuts(num_layers, partition.cuts)

@@ -120,6 +120,29 @@ def block_program(
     return absent
 
 
+def compile_ahead(
+    fn: Callable,
+    name: str,
+    placement: BlockPlacement,
+    out_shardings: Any,
+    inputs: Any,
+    donate: tuple[int, ...] = (),
+) -> Callable:
+    """`block_program`, compiled before the first step, so that no step's time is of compiling.
+
+    Args:
+      fn: what a block computes.
+      name: that its operations have in a profile.
+      placement: where it lives.
+      out_shardings: of fn's outputs, or a prefix of their tree.
+      inputs: arrays or ShapeDtypeStructs with shardings.
+      donate: which of them are donated.
+    """
+    fn = jax.named_call(fn, name=name)
+    program = block_program(fn, placement, out_shardings, donate_argnums=donate)
+    return program.lower(*inputs).compile() if is_local(placement.state) else program
+
+
 def activation_shapes(
     blocks: Sequence[Block], block_states: Sequence[BlockState], images: jax.ShapeDtypeStruct
 ) -> list[jax.ShapeDtypeStruct]:

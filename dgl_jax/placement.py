@@ -69,6 +69,15 @@ def make_placements(
     return tuple(placements[block * num_groups // num_blocks] for block in range(num_blocks))
 
 
+def over_all(config: PlacementConfig) -> PlacementConfig:
+    """One mesh of all devices asked for: ``num_devices``, or as many as there are where that is 0.
+
+    For method data_parallel, whose user names no ``data_parallel``.
+    """
+    num_devices = config.num_devices or len(jax.devices())
+    return dataclasses.replace(config, num_devices=num_devices, data_parallel=num_devices)
+
+
 def request_cpu_devices(config: PlacementConfig) -> None:
     """On a host without accelerators, makes the CPU appear as as many devices as asked for.
 

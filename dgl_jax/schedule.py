@@ -13,6 +13,10 @@ FEED = "feed"  # A forward pass in evaluation mode, to feed the block above.
 FORWARD = "forward"  # A forward pass in training mode; its backward pass comes later.
 BACKWARD = "backward"  # A backward pass from a gradient that came from above, and an update.
 
+# With microbatches, a backward pass adds to the block's gradient; the update is a task of its own.
+LOSS = "loss"  # Of the last block: a forward pass, and at once the backward pass from its loss.
+APPLY = "apply"  # An update by the gradient that has been added up.
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -23,12 +27,14 @@ class Task:
       operation: `UPDATE`, `FEED`, `FORWARD` or `BACKWARD`.
       batch: the batch of the stream that it works on, or whose activations it gets.
       turn: the updates that the block has made before.
+      microbatch: which part of the batch, where it is cut into parts; else 0.
     """
 
     block: int
     operation: str
     batch: int
     turn: int
+    microbatch: int = dataclasses.field(default=0, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,3 +69,84 @@ def synchronous(num_blocks: int, num_updates: int) -> Schedule:
             yield tuple(Task(block, UPDATE, step, step) for block in range(num_blocks))
 
     return Schedule(num_updates, num_updates, tasks)
+
+
+def block_order(kind: str, block: int, num_blocks: int, num_microbatches: int) -> list[tuple]:
+    """What one block does in a step of pipelined backprop: its (operation, microbatch)s in order.
+
+    Args:
+      kind: ``gpipe``: all forward passes, then all backward passes. ``1f1b``: as soon as the
+        first gradient has come, one backward and one forward pass by turns, so that no more
+        than K - k microbatches wait for their gradients, however many there are.
+      block: k, 0-based.
+      num_blocks: K. The last block needs no gradient from above: it goes back at once.
+      num_microbatches: M.
+
+    Source: GPipe (Huang et al. 2019), Figure 2; PipeDream-flush (Narayanan et al., 2021,
+      "Memory-efficient pipeline-parallel DNN training"), Figure 2.
+    Deviation: backward passes go from the first microbatch to the last in both, so that both add
+      up the same numbers in the same order; GPipe's figure has them from the last to the first,
+      which takes as long. The last block, too, goes back at once in both.
+    """
+    every = range(num_microbatches)
+    if block == num_blocks - 1:
+        return [*((LOSS, microbatch) for microbatch in every), (APPLY, 0)]
+    ahead = num_microbatches if kind == "gpipe" else min(num_blocks - 1 - block, num_microbatches)
+    order = [(FORWARD, microbatch) for microbatch in range(ahead)]
+    for microbatch in every:
+        if ahead + microbatch < num_microbatches:
+            order.append((FORWARD, ahead + microbatch))
+        order.append((BACKWARD, microbatch))
+    return [*order, (APPLY, 0)]
+
+
+def pipeline(kind: str, num_blocks: int, num_microbatches: int, num_updates: int) -> Schedule:
+    """Synchronous backprop over blocks: M microbatches up and down, then one update of each block.
+
+    All blocks are idle at the beginning and the end of a step (the "bubble"): with equal blocks
+    K - 1 of the K - 1 + M turns of a step.
+
+    Args:
+      kind: the order of each block's tasks, see `block_order`.
+      num_blocks: K.
+      num_microbatches: M.
+      num_updates: of each block; one a step.
+    """
+    order = _merge(
+        [block_order(kind, block, num_blocks, num_microbatches) for block in range(num_blocks)]
+    )
+
+    def tasks(first_step: int) -> Iterator[tuple[Task, ...]]:
+        for step in range(first_step, num_updates):
+            yield tuple(
+                Task(block, operation, step, step, microbatch=microbatch)
+                for block, operation, microbatch in order
+            )
+
+    return Schedule(num_updates, num_updates, tasks)
+
+
+def _merge(orders: list[list[tuple]]) -> list[tuple[int, str, int]]:
+    """One list for the host, which dispatches to all blocks: round by round a task of each.
+
+    A block's task comes when those whose results it takes were in earlier rounds, so that no
+    block's queue fills while another has nothing to do.
+    """
+    last, places, done, merged = len(orders) - 1, [0] * len(orders), set(), []
+    while len(merged) < sum(map(len, orders)):
+        now = []
+        for block, order in enumerate(orders):
+            if places[block] == len(order):
+                continue
+            operation, microbatch = order[places[block]]
+            needs = None
+            if operation in (FORWARD, LOSS) and block:
+                needs = (block - 1, FORWARD, microbatch)
+            elif operation == BACKWARD:
+                needs = (block + 1, LOSS if block + 1 == last else BACKWARD, microbatch)
+            if needs is None or needs in done:
+                now.append((block, operation, microbatch))
+                places[block] += 1
+        done.update(now)
+        merged += now
+    return merged

@@ -33,7 +33,7 @@ from dgl_jax.models import check_image_shape
 from dgl_jax.optim import make_optimizer, make_schedule
 from dgl_jax.pipeline import activation_shapes, init_states
 from dgl_jax.run_folder import previous_run, write_summary
-from dgl_jax.schedule import BACKWARD, UPDATE
+from dgl_jax.schedule import APPLY, BACKWARD, UPDATE
 from dgl_jax.transfer import fetch, is_local
 from dgl_jax.types import TrainState
 
@@ -57,6 +57,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     # ---- The run's folder; a run that is finished already is not touched. Of several processes
     # the first one reads and writes there, and says what it found.
     placement.request_cpu_devices(config.placement)
+    if config.method.name == "data_parallel":
+        config = dataclasses.replace(config, placement=placement.over_all(config.placement))
     distributed.check_same(to_dict(config))
     is_main = distributed.is_main()
     previous = distributed.agree(previous_run(config, workdir) if is_main else None)
@@ -222,7 +224,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
                 raise
             step += 1
             for task in tasks:
-                if task.operation in (UPDATE, BACKWARD) and task.block in step_metrics:
+                if task.operation in (UPDATE, BACKWARD, APPLY) and task.block in step_metrics:
                     step_metrics[task.block]["updates"] = task.turn + 1
             log.append(step, step_metrics)
             if clock is None or metrics.compile_seconds() > compiled:

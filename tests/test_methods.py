@@ -6,6 +6,7 @@ import pytest
 
 from dgl_jax import checkpoint
 from dgl_jax.config import (
+    ONE_BLOCK_METHODS,
     AuxiliaryConfig,
     CheckpointConfig,
     Config,
@@ -27,7 +28,11 @@ from dgl_jax.train import train_and_evaluate
 
 _SGD = OptimizerConfig(learning_rate=0.1, schedule="cosine")
 _ADAM = OptimizerConfig(name="adam", learning_rate=2e-3, weight_decay=0.0, schedule="cosine")
-_WORKERS = PlacementConfig(kind="pipelined", num_devices=2)
+_PLACEMENTS = {
+    "async_dgl_parallel": PlacementConfig(kind="pipelined", num_devices=2),
+    "data_parallel": PlacementConfig(num_devices=2),
+    "pipeline_backprop": PlacementConfig(kind="pipelined", num_devices=2),
+}
 
 
 def _config(name: str) -> Config:
@@ -38,7 +43,7 @@ def _config(name: str) -> Config:
         partition=PartitionConfig(strategy="uniform", num_blocks=2),
         auxiliary=AuxiliaryConfig(name="mlp"),
         optimizer=_ADAM if name in ("dni", "cdni") else _SGD,
-        placement=_WORKERS if name == "async_dgl_parallel" else PlacementConfig(),
+        placement=_PLACEMENTS.get(name, PlacementConfig()),
         data=DataConfig(name="embedded", crop_padding=0),
         train=TrainConfig(
             batch_size=100, num_steps=60, num_epochs=0.0, log_every_steps=5, log_gradient_norm=True
@@ -72,7 +77,8 @@ def test_every_method_learns_images_and_goes_on_where_it_stopped(name, tmp_path,
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert summary["method"] == name and summary["updates_per_block"] == 60
     num_blocks = summary["num_blocks"]
-    assert num_blocks == (1 if name == "backprop" else 2)
+    assert num_blocks == (1 if name in ONE_BLOCK_METHODS else 2)
+    assert summary["num_devices"] == (2 if name in _PLACEMENTS else 1)
     assert len(summary["test_top1"]) == len(summary["classifiers"])
     assert summary["classifiers"][-1] == num_blocks - 1
     assert min(summary["test_top1"]) > 0.45  # Chance is 0.1.
@@ -104,7 +110,7 @@ def test_every_method_of_the_configuration_is_there():
     for name in METHODS:
         config = default_config()
         config.method.name = name
-        config.placement.kind = "pipelined" if name == "async_dgl_parallel" else "fused"
+        config.placement.kind = _PLACEMENTS.get(name, PlacementConfig()).kind
         assert from_dict(config.to_dict()).method.name == name
     config.method.name = "forward_forward"
     with pytest.raises(ValueError) as error:
