@@ -19,7 +19,7 @@ import optax
 from dgl_jax.block import Block, apply_gradients, forward
 from dgl_jax.config import Config
 from dgl_jax.losses import logits_of
-from dgl_jax.pipeline import Runner, bound_in_flight, make_logits
+from dgl_jax.pipeline import Runner, bound_in_flight, make_logits, steps_in_flight
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import BACKWARD, FORWARD, UPDATE, Schedule, Task
 from dgl_jax.transfer import move
@@ -274,7 +274,7 @@ def make_runner(
             if task.operation == BACKWARD:
                 inputs = (kept[block][0], gradients[block])
             else:
-                inputs = (move(x, placement.batch), jax.device_put(batch.labels, placement.batch))
+                inputs = (move(x, placement.batch), move(batch.labels, placement.batch))
             states[block], input_gradient, block_metrics = updates[block](before, *inputs, key)
             if block:
                 gradients[block - 1] = move(input_gradient, placements[block - 1].batch)
@@ -285,7 +285,7 @@ def make_runner(
         return TrainState(tuple(states), DelayedMemory(kept, tuple(gradients))), metrics
 
     return Runner(
-        step=bound_in_flight(step, config.placement.max_steps_in_flight),
+        step=bound_in_flight(step, steps_in_flight(config.placement, placements)),
         logits=make_logits(blocks, placements),
         init_memory=init_memory,
     )

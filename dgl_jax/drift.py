@@ -15,6 +15,7 @@ import numpy as np
 from dgl_jax.block import Block, make_block_feed
 from dgl_jax.metrics import write_atomically
 from dgl_jax.placement import BlockPlacement
+from dgl_jax.transfer import move
 from dgl_jax.types import BlockState
 
 # A value x falls into a bin of asinh(x): fine near 0, coarse far away, never out of range.
@@ -69,9 +70,9 @@ def make_probe(
     programs = [make_program(block) for block in blocks]
 
     def probe(block_states, images):
-        x, histograms = images, []
+        x, histograms = jax.device_put(images, placements[0].batch), []
         for program, state, placement in zip(programs, block_states, placements, strict=True):
-            x, histogram = program(state, jax.device_put(x, placement.batch))
+            x, histogram = program(state, move(x, placement.batch))
             histograms.append(histogram)
         return histograms
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgl_jax.losses import cross_entropy
+from dgl_jax.transfer import move
 
 Logits = dict[int, jax.Array]
 
@@ -75,7 +76,7 @@ def make_evaluate(
         sums = []
         for images, labels, mask in batches:
             heads = logits_fn(states, images)
-            labels, mask = jax.device_put((labels, mask), sharding)
+            labels, mask = move(labels, sharding), move(mask, sharding)
             sums.append(count(heads, labels, mask, ensemble_last=ensemble_last))
             if len(sums) >= 4:  # Back-pressure: a few batches in flight, no more.
                 jax.block_until_ready(sums[-4])
