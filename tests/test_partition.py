@@ -114,7 +114,7 @@ def test_dealt_devices_are_optimal_and_no_more_than_help():
 
 
 def test_dealt_devices_by_hand():
-    # The dear block gets three of the five; the fifth would speed up no slowest stage.
+    # The dear block gets three; the sixth device would make no difference to the slowest stage.
     assert deal_devices([30, 10, 10], 6, range(1, 7)) == (3, 1, 1)
     assert deal_devices([30, 10, 10], 6, (1, 2, 4)) == (4, 1, 1)
     # With one device a block 4 | 4 4 or 4 4 | 4 is best; with three, a cut that fits two to one.
