@@ -162,7 +162,13 @@ class PlacementConfig:
     num_devices: int = 0
     # Devices over which every block splits its batch.
     data_parallel: int = 1
-    # Pipelined: steps dispatched but not finished, at the most.
+    # Pipelined: instead, devices of each block for itself, over which it splits its batch.
+    devices_per_block: tuple[int, ...] = ()
+    # Pipelined: or these are chosen, with partition.strategy=balanced together with the cuts, so
+    # that the slowest stage (partition.cost of a block / its devices) is as fast as it can be.
+    auto: bool = False
+    # Steps dispatched but not finished, at the most; where blocks are on N groups of devices,
+    # N - 1 more, as a step is so long on its way from the first to the last.
     max_steps_in_flight: int = 4
 
 
@@ -757,6 +763,7 @@ def _check_together(config: Config) -> None:
             f"config.placement.data_parallel={placement.data_parallel} devices; raise that, "
             "or set config.placement.kind=pipelined"
         )
+    _check_devices(config)
     by_number = ("uniform", "balanced", "from_search")
     if partition.strategy in by_number and partition.num_blocks < 1:
         raise UserError(
@@ -778,7 +785,8 @@ def _check_together(config: Config) -> None:
 
 def _check_microbatches(config: Config) -> None:
     size, num_microbatches = config.train.batch_size, config.method.num_microbatches
-    parts = num_microbatches * config.placement.data_parallel
+    devices = math.lcm(config.placement.data_parallel, *config.placement.devices_per_block)
+    parts = num_microbatches * devices
     remedy = f"try config.train.batch_size={size // parts * parts or parts}"
     if size % num_microbatches:
         raise UserError(
@@ -788,9 +796,51 @@ def _check_microbatches(config: Config) -> None:
     if size % parts:
         raise UserError(
             f"config.train.batch_size={size} makes {num_microbatches} microbatches of "
-            f"{size // num_microbatches}, which must be divisible by "
-            f"config.placement.data_parallel={config.placement.data_parallel}; {remedy}"
+            f"{size // num_microbatches}, which must be divisible by the {devices} devices that "
+            f"share a block's; {remedy}"
         )
+
+
+def _check_devices(config: Config) -> None:
+    """Devices dealt to blocks, by hand or automatically."""
+    placement = config.placement
+    numbers = placement.devices_per_block
+    asked = f"config.placement.devices_per_block={numbers}"
+    if numbers and placement.auto:
+        raise UserError(f"{asked} is not used with config.placement.auto=True; leave one out")
+    if not numbers:
+        if not placement.auto:
+            return
+        asked = "config.placement.auto=True"
+    if placement.kind != "pipelined":
+        raise UserError(
+            f"{asked} deals devices to blocks that are programs of their own; set "
+            "config.placement.kind=pipelined"
+        )
+    if placement.data_parallel > 1:
+        raise UserError(
+            f"config.placement.data_parallel={placement.data_parallel} is not used with {asked}, "
+            "which has each block's own number; set config.placement.data_parallel=1"
+        )
+    if config.method.name == "async_dgl_parallel" and (placement.auto or max(numbers) > 1):
+        raise UserError(
+            f"{asked} is not for async_dgl_parallel, where each worker has one device; leave it "
+            "out, and set config.partition.strategy=balanced for even blocks"
+        )
+    if min(numbers, default=1) < 1:
+        raise UserError(f"{asked} must each be at least 1; give every block a device")
+    if 0 < placement.num_devices < sum(numbers):
+        raise UserError(
+            f"{asked} makes {sum(numbers)} devices, which exceeds config.placement.num_devices="
+            f"{placement.num_devices}; leave num_devices out"
+        )
+    multiple = math.lcm(*numbers)
+    for section, size in (("train", config.train.batch_size), ("eval", config.eval.batch_size)):
+        if size % multiple:
+            raise UserError(
+                f"config.{section}.batch_size={size} must be divisible by each of {asked}; "
+                f"try {size // multiple * multiple or multiple}"
+            )
 
 
 def _check_optimizer_and_data(optimizer: OptimizerConfig, data: DataConfig) -> None:

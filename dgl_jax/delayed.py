@@ -19,7 +19,13 @@ import optax
 from dgl_jax.block import Block, apply_gradients, forward
 from dgl_jax.config import Config
 from dgl_jax.losses import logits_of
-from dgl_jax.pipeline import Runner, bound_in_flight, compile_ahead, make_logits
+from dgl_jax.pipeline import (
+    Runner,
+    bound_in_flight,
+    compile_ahead,
+    make_logits,
+    steps_in_flight,
+)
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import BACKWARD, FORWARD, UPDATE, Schedule, Task
 from dgl_jax.transfer import is_local, move, place, stand_in
@@ -287,7 +293,7 @@ def make_runner(
         return TrainState(tuple(states), DelayedMemory(kept, tuple(gradients))), metrics
 
     return Runner(
-        step=bound_in_flight(step, config.placement.max_steps_in_flight),
+        step=bound_in_flight(step, steps_in_flight(config.placement, placements)),
         logits=make_logits(blocks, placements),
         init_memory=init_memory,
     )

@@ -1,11 +1,14 @@
-"""Where a run's network is cut and which heads its blocks have.
+"""Where a run's network is cut, which heads its blocks have, and how many devices.
 
-What `config.partition` and `config.auxiliary` ask for: by a rule, by hand, or from a search.
+What `config.partition`, `config.auxiliary` and `config.placement` ask for: by a rule, by hand, or
+from a search.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from absl import logging
 
@@ -19,11 +22,15 @@ from dgl_jax.auxiliary import (
 )
 from dgl_jax.config import LOCAL_METHODS, ONE_BLOCK_METHODS, Config, SearchConfig
 from dgl_jax.errors import UserError
+from dgl_jax.losses import local_losses
 from dgl_jax.methods import METHODS
 from dgl_jax.models import make_network
 from dgl_jax.models.network import Network
 from dgl_jax.partition import (
     balanced_cuts,
+    balanced_cuts_and_devices,
+    block_ranges,
+    deal_devices,
     explicit_cuts,
     per_layer_cuts,
     slowest_block_cost,
@@ -37,6 +44,50 @@ from dgl_jax.sedona.discretise import (
     discretise_balanced,
 )
 from dgl_jax.sedona.result import SearchResult, load_result
+
+
+def choose_cuts_heads_and_devices(
+    config: Config,
+    network: Network,
+    num_classes: int,
+    image_shape: Sequence[int],
+    resolved: Mapping[str, Any] | None = None,
+) -> tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]]:
+    """The cuts, heads and numbers of devices that a configuration asks for.
+
+    Args:
+      config: of the run.
+      network: that of ``config.network``.
+      num_classes: of the data.
+      image_shape: the shape of one example.
+      resolved: what an earlier run of the same folder came to. Its cuts and heads are kept:
+        measured costs may differ by now, and a search's file be gone. Devices are dealt anew.
+
+    Returns:
+      The cuts and the names of heads as `choose_cuts_and_heads`, and the number of devices of
+      each block; () where `placement.make_placements` knows without costs.
+
+    Raises:
+      UserError: as `choose_cuts_and_heads`, and if there are fewer devices than blocks to deal
+        them to.
+    """
+    placement, partition = config.placement, config.partition
+    if not placement.auto:
+        return *_cuts_and_heads(config, network, num_classes, image_shape, resolved), ()
+    num_devices = placement.num_devices or len(jax.devices())
+    is_pipeline = config.method.name == "pipeline_backprop"
+    num_microbatches = config.method.num_microbatches if is_pipeline else 1
+    sizes = (config.train.batch_size // num_microbatches, config.eval.batch_size)
+    allowed = [n for n in range(1, num_devices + 1) if not any(size % n for size in sizes)]
+    if not resolved and partition.strategy == "balanced" and config.method.name != "backprop":
+        costs = _costs_at_every_cut(config, network, num_classes, image_shape)
+        cuts, devices = balanced_cuts_and_devices(
+            *costs, partition.num_blocks, num_devices, allowed
+        )
+        return cuts, (config.auxiliary.name,) * len(cuts), devices
+    cuts, names = _cuts_and_heads(config, network, num_classes, image_shape, resolved)
+    block_costs = _block_costs(config, network, cuts, names, num_classes, image_shape)
+    return cuts, names, deal_devices(block_costs, num_devices, allowed)
 
 
 def choose_cuts_and_heads(
@@ -96,9 +147,8 @@ def choose_cuts(
         return per_layer_cuts(num_layers)
     if partition.num_blocks == 1:
         return ()
-    names = (config.auxiliary.name,) * (num_layers - 1)
-    layer_costs, head_costs = _costs(config, names, network, num_classes, image_shape)
-    return balanced_cuts(layer_costs, head_costs, partition.num_blocks)
+    costs = _costs_at_every_cut(config, network, num_classes, image_shape)
+    return balanced_cuts(*costs, partition.num_blocks)
 
 
 def make_classifiers(config: Config, names: Sequence[str], num_classes: int) -> tuple[Any, ...]:
@@ -133,6 +183,20 @@ def compute_dtype(config: Config | SearchConfig) -> Any:
     return jnp.bfloat16 if config.network.dtype == "bfloat16" else None
 
 
+def _cuts_and_heads(
+    config: Config,
+    network: Network,
+    num_classes: int,
+    image_shape: Sequence[int],
+    resolved: Mapping[str, Any] | None,
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Those of an earlier run, or chosen now."""
+    if not resolved:
+        return choose_cuts_and_heads(config, network, num_classes, image_shape)
+    cuts = tuple(resolved["cuts"])
+    return cuts, tuple(resolved["heads"]) or (config.auxiliary.name,) * len(cuts)
+
+
 def _grouping_of_search(
     config: Config,
     result: SearchResult,
@@ -164,6 +228,41 @@ def _grouping_of_search(
             grouping.margin,
         )
     return grouping
+
+
+def _costs_at_every_cut(
+    config: Config, network: Network, num_classes: int, image_shape: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """`_costs` with the one head of ``config.auxiliary.name``."""
+    names = (config.auxiliary.name,) * (len(network.layers) - 1)
+    return _costs(config, names, network, num_classes, image_shape)
+
+
+def _block_costs(
+    config: Config,
+    network: Network,
+    cuts: tuple[int, ...],
+    names: Sequence[str],
+    num_classes: int,
+    image_shape: Sequence[int],
+) -> list[float]:
+    """What each block of the given cuts and heads costs."""
+    losses = local_losses(config.loss, len(cuts) + 1)
+    classifiers = make_classifiers(config, names, num_classes)
+    heads = tuple(map(head_for_loss, losses, classifiers, itertools.repeat(compute_dtype(config))))
+    blocks = METHODS[config.method.name].make_blocks(network, cuts, heads, None)
+    head_at = {cut: block.head for cut, block in zip(cuts, blocks)}
+    layer_costs, head_costs = cost.layer_and_head_costs(
+        network,
+        [head_at.get(layer) for layer in range(len(network.layers) - 1)],
+        image_shape,
+        config.train.batch_size,
+        config.partition.cost,
+    )
+    return [
+        sum(layer_costs[first:end]) + head_costs[end - 1]
+        for first, end in block_ranges(len(network.layers), cuts)
+    ]
 
 
 def _costs(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from dgl_jax.block import Block, init_block_state, make_block_eval, make_block_feed, make_block_step
-from dgl_jax.config import Config
+from dgl_jax.config import Config, PlacementConfig
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import UPDATE, Task
 from dgl_jax.transfer import announce, is_local, move, place, stand_in
@@ -237,7 +237,7 @@ def make_fused_runner(
         return TrainState(states, state.memory), metrics
 
     return Runner(
-        step=bound_in_flight(step, config.placement.max_steps_in_flight),
+        step=bound_in_flight(step, steps_in_flight(config.placement, placements)),
         logits=make_logits(blocks, placements),
     )
 
@@ -297,7 +297,7 @@ def make_pipelined_runner(
         return TrainState(tuple(states), state.memory), metrics
 
     return Runner(
-        step=bound_in_flight(step, config.placement.max_steps_in_flight),
+        step=bound_in_flight(step, steps_in_flight(config.placement, placements)),
         logits=make_logits(blocks, placements),
     )
 
@@ -312,6 +312,15 @@ def make_runner(
     """The runner that ``config.placement`` asks for."""
     make = {"fused": make_fused_runner, "pipelined": make_pipelined_runner}[config.placement.kind]
     return make(config, blocks, optimizer, key, placements)
+
+
+def steps_in_flight(config: PlacementConfig, placements: Sequence[BlockPlacement]) -> int:
+    """How many steps may be unfinished: ``max_steps_in_flight``, and the pipeline's depth on top.
+
+    On its way through N groups of devices a step has N - 1 others behind it that have begun.
+    """
+    num_groups = len({placement.devices for placement in placements})
+    return num_groups - 1 + config.max_steps_in_flight
 
 
 def bound_in_flight(step: Step, max_steps_in_flight: int) -> Step:

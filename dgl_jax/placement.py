@@ -1,6 +1,7 @@
 """Which devices a block lives on: meshes and shardings."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -29,26 +30,32 @@ class BlockPlacement:
 
 
 def make_placements(
-    config: PlacementConfig, num_blocks: int, devices: Sequence[jax.Device] | None = None
+    config: PlacementConfig,
+    num_blocks: int,
+    devices_per_block: Sequence[int] = (),
+    devices: Sequence[jax.Device] | None = None,
 ) -> tuple[BlockPlacement, ...]:
     """Deals devices to blocks.
 
     Fused: all blocks on one mesh of ``data_parallel`` devices. Pipelined: the devices form
     groups of ``data_parallel``, and consecutive blocks share a group when there are fewer
-    groups than blocks.
+    groups than blocks. Pipelined with numbers of devices: each block has so many for itself,
+    one block's after the other's.
 
     Args:
       config: what the user asked for.
       num_blocks: K.
+      devices_per_block: of each block; empty for the configuration's own, which may be empty too.
       devices: those to choose from; all of this host's by default.
 
     Returns:
       One placement a block.
 
     Raises:
-      UserError: if there are too few devices.
+      UserError: if there are too few devices, or not as many numbers as blocks.
     """
     devices = list(jax.devices() if devices is None else devices)
+    devices_per_block = tuple(devices_per_block or config.devices_per_block)
     wanted = config.num_devices or config.data_parallel
     if wanted > len(devices):
         name = "num_devices" if config.num_devices else "data_parallel"
@@ -56,6 +63,8 @@ def make_placements(
             f"config.placement.{name}={wanted} exceeds the {len(devices)} "
             f"{devices[0].platform} device(s) at hand; try {len(devices)}"
         )
+    if devices_per_block:
+        return _deal(devices_per_block, num_blocks, devices)
     if config.kind == "fused":
         num_groups = 1
     else:
@@ -84,7 +93,7 @@ def request_cpu_devices(config: PlacementConfig) -> None:
     Of several processes each has its share. Must run before anything touches a device; later it
     has no effect.
     """
-    wanted = max(config.num_devices, config.data_parallel)
+    wanted = max(config.num_devices, config.data_parallel, sum(config.devices_per_block))
     if wanted > 1:
         try:
             jax.config.update("jax_num_cpu_devices", -(-wanted // distributed.num_processes()))
@@ -102,6 +111,23 @@ def check_every_process_has_a_block(placements: Sequence[BlockPlacement]) -> Non
             "has none of the devices that blocks live on; start fewer processes, or raise "
             "config.placement.num_devices"
         )
+
+
+def _deal(
+    devices_per_block: tuple[int, ...], num_blocks: int, devices: Sequence[jax.Device]
+) -> tuple[BlockPlacement, ...]:
+    given = f"config.placement.devices_per_block={devices_per_block}"
+    if len(devices_per_block) != num_blocks:
+        raise UserError(
+            f"{given} must have a number for each block; give {num_blocks} for {num_blocks} blocks"
+        )
+    ends = list(itertools.accumulate(devices_per_block))
+    if ends[-1] > len(devices):
+        raise UserError(
+            f"{given} makes {ends[-1]}, which exceeds the {len(devices)} {devices[0].platform} "
+            f"device(s) at hand; give numbers that make {len(devices)} or fewer"
+        )
+    return tuple(_place(devices[first:end]) for first, end in itertools.pairwise([0, *ends]))
 
 
 def _place(devices: Sequence[jax.Device]) -> BlockPlacement:

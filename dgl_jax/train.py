@@ -22,7 +22,7 @@ from dgl_jax.config import LOCAL_METHODS, Config, to_dict
 from dgl_jax.data import Dataset, describe_dataset, load_dataset, load_dataset_in_parts
 from dgl_jax.errors import UserError, WorkerError, not_finite_error
 from dgl_jax.grouping import (
-    choose_cuts_and_heads,
+    choose_cuts_heads_and_devices,
     compute_dtype,
     configured_network,
     make_classifiers,
@@ -74,16 +74,19 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     dtype = compute_dtype(config)
     network = configured_network(config, num_classes)
     check_image_shape(network, image_shape)
-    if previous:  # Measured costs may differ by now, and a search's file be gone.
-        resolved = previous["config"]["resolved"]
-        cuts = tuple(resolved["cuts"])
-        head_names = tuple(resolved["heads"]) or (config.auxiliary.name,) * len(cuts)
-    else:
-        # Costs that are measured differ from process to process.
-        cuts, head_names = map(
-            tuple,
-            distributed.agree(choose_cuts_and_heads(config, network, num_classes, image_shape)),
-        )
+    # Costs that are measured differ from process to process.
+    cuts, head_names, devices_per_block = map(
+        tuple,
+        distributed.agree(
+            choose_cuts_heads_and_devices(
+                config,
+                network,
+                num_classes,
+                image_shape,
+                resolved=previous["config"]["resolved"] if previous else None,
+            )
+        ),
+    )
     losses = local_losses(config.loss, len(cuts) + 1)
     aux_classifiers = make_classifiers(config, head_names, num_classes)
     heads = tuple(map(head_for_loss, losses, aux_classifiers, itertools.repeat(dtype)))
@@ -91,7 +94,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     method = METHODS[config.method.name]
     blocks = method.make_blocks(network, cuts, heads, loss_fns)
     num_blocks = len(blocks)
-    placements = placement.make_placements(config.placement, num_blocks)
+    placements = placement.make_placements(config.placement, num_blocks, devices_per_block)
     placement.check_every_process_has_a_block(placements)
 
     # ---- Data, on the devices of the first block.
@@ -315,6 +318,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         "device_kind": placements[0].devices[0].device_kind,
         "num_devices": len({device for where in placements for device in where.devices}),
         "num_processes": distributed.num_processes(),
+        "devices_per_block": [len(where.devices) for where in placements],
     }
     if config.eval.log_drift:
         drift.write_drift(workdir)

@@ -39,12 +39,12 @@ def move(x: jax.Array, sharding: Sharding) -> jax.Array:
     Returns:
       The array; its stand-in where no device of ``sharding`` is this process's.
     """
-    if jax.process_count() == 1 or (
-        x.sharding.is_fully_addressable and sharding.is_fully_addressable
-    ):
+    is_here = x.sharding.is_fully_addressable and sharding.is_fully_addressable
+    if is_here and len(x.sharding.device_set) in (1, len(sharding.device_set)):
         return jax.device_put(x, sharding)
-    # jax moves whole arrays between processes only where both sides are split alike. So: piece by
-    # piece, from one device to one device. The order is the same in every process.
+    # From several devices to another number of them device_put goes through the host and waits;
+    # between processes it knows only sides that are split alike. So: piece by piece, from one
+    # device to one device. The order is the same in every process.
     sources = _rows_by_device(x.sharding, x.shape)
     local_data = {shard.device: shard.data for shard in x.addressable_shards}
     arrived = []
@@ -67,6 +67,8 @@ def place(x: jax.Array, sharding: Sharding) -> jax.Array:
 
     Nothing goes from one process to another. As `move` where there is one process.
     """
+    if jax.process_count() == 1:
+        return move(x, sharding) if isinstance(x, jax.Array) else jax.device_put(x, sharding)
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -18,6 +18,9 @@ def _config(**fields):
     return from_dict(config)
 
 
+_DEALT = {"placement__kind": "pipelined", "placement__devices_per_block": (1, 4)}
+
+
 def test_defaults_round_trip():
     assert from_dict(default_config().to_dict()) == Config()
     assert from_dict(to_dict(Config())) == Config()
@@ -78,6 +81,17 @@ def test_defaults_round_trip():
           "partition__max_imbalance": 0.5}, "max_imbalance=0.5 must be at least 1, as"),
         ({"loss__similarity_weight": 0.5}, "similarity_weight=0.5 is used by predsim only"),
         ({"loss__name": "predsim", "loss__similarity_weight": 1.5}, "must be at most 1"),
+        ({**_DEALT, "placement__auto": True}, r"_block=\(1, 4\) is not used with .*auto=True"),
+        ({**_DEALT, "placement__kind": "fused"}, "set config.placement.kind=pipelined"),
+        ({"placement__auto": True}, "auto=True deals devices .* set config.placement.kind=pipelined"),
+        ({**_DEALT, "placement__data_parallel": 2}, "data_parallel=2 is not used with .*per_block"),
+        ({**_DEALT, "placement__devices_per_block": (1, 0)}, "must each be at least 1; give every"),
+        ({**_DEALT, "placement__num_devices": 4},
+         r"\(1, 4\) makes 5 devices, which exceeds config.placement.num_devices=4; leave"),
+        ({**_DEALT, "train__batch_size": 130},
+         r"batch_size=130 must be divisible by each of .*per_block=\(1, 4\); try 128"),
+        ({**_DEALT, "eval__batch_size": 3}, "config.eval.batch_size=3 must be divisible .* try 4"),
+        ({**_DEALT, "method__name": "async_dgl_parallel"}, "is not for async_dgl_parallel, where"),
         ({"data__std": (0.2, 0.0, 0.2)}, "config.data.std=.* must be positive"),
     ],
 )  # fmt: skip

@@ -40,7 +40,7 @@ def test_a_block_that_changes_drifts_and_those_below_do_not(
     placements = make_placements(PlacementConfig(kind="pipelined", num_devices=4), 4)
     states = init_states(blocks, optimizer, jax.random.key(0), (6, 6, 2), placements)
     probe = drift.make_probe(blocks, placements)
-    images = small_batches[0].images
+    images = jax.device_put(small_batches[0].images, placements[0].batch)
     changed = states[1].replace(params=jax.tree.map(lambda leaf: 2 * leaf + 1, states[1].params))
     for step, block_1 in ((10, changed), (9, states[1])):
         histograms = probe((states[0], block_1, *states[2:]), images)

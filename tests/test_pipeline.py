@@ -9,12 +9,14 @@ import optax
 import pytest
 
 from dgl_jax.config import Config, LossConfig, OptimizerConfig, PlacementConfig
+from dgl_jax.errors import UserError
 from dgl_jax.losses import cross_entropy, make_loss_fn
 from dgl_jax.methods import METHODS
 from dgl_jax.models.network import apply_module
 from dgl_jax.optim import make_optimizer
-from dgl_jax.pipeline import init_states
+from dgl_jax.pipeline import bound_in_flight, init_states, steps_in_flight
 from dgl_jax.placement import make_placements
+from dgl_jax.transfer import move
 from dgl_jax.types import TrainState
 
 _OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="constant")
@@ -26,8 +28,10 @@ def _train(name, blocks, placement, batches, check=contextlib.nullcontext, **con
     placements = make_placements(placement, len(blocks))
     key = jax.random.key(0)
     config = Config(placement=placement, **config)
-    state = TrainState(init_states(blocks, optimizer, key, batches[0].images.shape[1:], placements))
+    images = jax.ShapeDtypeStruct(batches[0].images.shape, batches[0].images.dtype)
+    states = init_states(blocks, optimizer, key, images.shape[1:], placements)
     runner = METHODS[name].make_runner(config, blocks, optimizer, key, placements)
+    state = TrainState(states, runner.init_memory(states, images))
     schedule = METHODS[name].make_schedule(config, len(blocks), len(batches), 5)
     batches = jax.device_put(batches, placements[0].batch)
     losses = []
@@ -70,11 +74,85 @@ def test_pipelined_on_one_and_on_four_devices_is_bitwise_equal(dgl, small_batche
     jax.tree.map(np.testing.assert_array_equal, *runs)
 
 
-@pytest.mark.parametrize("kind, num_devices", [("fused", 0), ("pipelined", 8)])
-def test_data_parallel_equals_one_device(dgl, fused, small_batches, kind, num_devices):
-    placement = PlacementConfig(kind=kind, num_devices=num_devices, data_parallel=2)
+@pytest.mark.parametrize("kind, num_devices, data_parallel", [("fused", 0, 4), ("pipelined", 8, 2)])
+def test_data_parallel_equals_one_device(
+    dgl, fused, small_batches, kind, num_devices, data_parallel
+):
+    placement = PlacementConfig(kind=kind, num_devices=num_devices, data_parallel=data_parallel)
     losses, _, _ = _train("dgl", dgl, placement, small_batches)
     np.testing.assert_allclose(losses, fused[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, cuts, devices_per_block",
+    [("dgl", (0, 1), (1, 2, 1)), ("dgl", (1,), (2, 1)), ("ddg", (0, 1), (4, 1, 2))],
+)
+def test_devices_dealt_to_blocks_equal_one_device(
+    name, cuts, devices_per_block, small_network, small_head, small_batches, monkeypatch
+):
+    blocks = METHODS[name].make_blocks(small_network, cuts, small_head, make_loss_fn(LossConfig()))
+    runs, waits = [], []
+    for placement in (
+        PlacementConfig(),
+        PlacementConfig(kind="pipelined", devices_per_block=devices_per_block),
+    ):
+        waited = []
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "block_until_ready", waited.append)
+            runs.append(_train(name, blocks, placement, small_batches))
+        waits.append(len(waited))
+    one, dealt = runs
+    np.testing.assert_allclose(dealt[0], one[0], rtol=1e-5)
+    for block, logits in one[2].items():
+        np.testing.assert_allclose(dealt[2][block], logits, atol=1e-4)
+    # Of twenty steps four may be unfinished, and as many more as the pipeline is deep.
+    assert waits == [16, 16 - len(cuts)]
+
+
+def test_the_bound_waits_for_the_oldest_step_and_no_other(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda step: calls.append(f"wait {step}"))
+
+    def step(state, tasks, batch_at):
+        calls.append(f"step {state}")
+        return state + 1, state
+
+    bounded, state = bound_in_flight(step, 3), 0
+    for _ in range(5):
+        state, _ = bounded(state, (), None)
+    assert calls == ["step 0", "step 1", "step 2", "wait 0", "step 3", "wait 1", "step 4"]
+
+
+@pytest.mark.parametrize(
+    "placement, num_blocks, steps",
+    [
+        (PlacementConfig(), 4, 4),
+        (PlacementConfig(kind="pipelined", num_devices=1), 4, 4),
+        (PlacementConfig(kind="pipelined", num_devices=8), 8, 4 + 7),
+        # Four blocks on two groups: a step is under way in two places at a time.
+        (PlacementConfig(kind="pipelined", num_devices=4, data_parallel=2), 4, 4 + 1),
+        (PlacementConfig(kind="pipelined", devices_per_block=(1, 2), max_steps_in_flight=1), 2, 2),
+    ],
+)
+def test_steps_in_flight_fill_the_pipeline(placement, num_blocks, steps):
+    assert steps_in_flight(placement, make_placements(placement, num_blocks)) == steps
+
+
+@pytest.mark.parametrize(
+    "source, target",
+    [(1, 3), (2, 1), (2, 3), (2, 4), (2, 6), (3, 2), (3, 4), (4, 3), (6, 1), (6, 2)],
+)
+def test_arrays_move_between_any_numbers_of_devices(source, target):
+    config = PlacementConfig(kind="pipelined", devices_per_block=(source, target))
+    below, above = make_placements(config, 2)
+    expected = np.arange(24, dtype=np.float32).reshape(12, 2)
+    x = jax.device_put(expected, below.batch)
+    with jax.transfer_guard("disallow"):
+        moved = move(x, above.batch)
+    # Had it gone through the host, which waits for the device, the host would have kept it.
+    assert x._npy_value is None
+    assert moved.sharding == above.batch
+    np.testing.assert_array_equal(moved, expected)
 
 
 def test_blocks_live_where_they_were_placed():
@@ -83,6 +161,11 @@ def test_blocks_live_where_they_were_placed():
     )
     devices = [[device.id for device in placement.devices] for placement in placements]
     assert devices == [[0, 1], [0, 1], [2, 3], [4, 5]]
+    dealt = PlacementConfig(kind="pipelined", devices_per_block=(1, 2, 1))
+    for given in ((), (2, 1, 3)):
+        placements = make_placements(dealt, 3, given)
+        devices = [[device.id for device in placement.devices] for placement in placements]
+        assert devices == ([[0, 1], [2], [3, 4, 5]] if given else [[0], [1, 2], [3]])
 
 
 @pytest.mark.parametrize("method_name", ["dgl", "backprop"])
@@ -129,6 +212,7 @@ def test_one_block_is_backprop_written_out(method_name, small_network, small_hea
         PlacementConfig(kind="fused", data_parallel=2),
         PlacementConfig(kind="pipelined", num_devices=4),
         PlacementConfig(kind="pipelined", num_devices=8, data_parallel=2),
+        PlacementConfig(kind="pipelined", devices_per_block=(2, 1, 4, 1)),
     ],
 )
 def test_nothing_compiles_or_crosses_unasked_after_the_first_step(
@@ -149,6 +233,18 @@ def test_the_compilation_check_would_see_one(caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         jax.jit(lambda x: x + 1)(np.ones(3))
     assert [r for r in caplog.records if "Finished" in r.getMessage()]
+
+
+@pytest.mark.parametrize(
+    "devices_per_block, message",
+    [
+        ((1, 2, 1), r"_block=\(1, 2, 1\) must have a number for each block; give 2 for 2 blocks"),
+        ((4, 8), r"_block=\(4, 8\) makes 12, which exceeds the 8 cpu device\(s\) at hand; give"),
+    ],
+)
+def test_devices_that_can_not_be_dealt(devices_per_block, message):
+    with pytest.raises(UserError, match=message):
+        make_placements(PlacementConfig("pipelined", devices_per_block=devices_per_block), 2)
 
 
 def test_too_few_devices():

@@ -374,7 +374,7 @@ def _checked(fields):
             _PIPELINE | {"train.batch_size": 8, "placement.data_parallel": 4},
             (
                 "config.train.batch_size=8 makes 4 microbatches of 2, which must be divisible by "
-                "config.placement.data_parallel=4; try config.train.batch_size=16"
+                "the 4 devices that share a block's; try config.train.batch_size=16"
             ),
         ),
         (

@@ -25,7 +25,13 @@ from dgl_jax.config import Config
 from dgl_jax.losses import logits_of
 from dgl_jax.methods import ddg
 from dgl_jax.methods.method import Method, both_ways_bytes
-from dgl_jax.pipeline import Runner, bound_in_flight, compile_ahead, make_logits
+from dgl_jax.pipeline import (
+    Runner,
+    bound_in_flight,
+    compile_ahead,
+    make_logits,
+    steps_in_flight,
+)
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import BACKWARD, FORWARD, LOSS
 from dgl_jax.transfer import move, place
@@ -298,7 +304,7 @@ def make_runner(
         return TrainState(tuple(states), state.memory), metrics
 
     return Runner(
-        step=bound_in_flight(step, config.placement.max_steps_in_flight),
+        step=bound_in_flight(step, steps_in_flight(config.placement, placements)),
         logits=make_logits(blocks, placements),
         init_memory=init_memory,
     )
