@@ -232,6 +232,10 @@ class Config:
     """A training run."""
 
     seed: int = 0
+    # When each block's program ran, for some steps: timeline.png, trace.json, busy fractions.
+    trace: bool = False
+    # jax.profiler's trace of the same steps, in profile/; blocks are named in it.
+    profile: bool = False
     method: MethodConfig = MethodConfig()
     replay: ReplayConfig = ReplayConfig()
     network: NetworkConfig = NetworkConfig()
@@ -302,6 +306,8 @@ class SearchConfig:
 # What may change when a run is resumed: sections and fields that change no number trained.
 _RESUMABLE = (
     "placement",
+    "trace",
+    "profile",
     "eval",
     "checkpoint",
     "data.num_workers",

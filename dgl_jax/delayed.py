@@ -21,8 +21,8 @@ from dgl_jax.config import Config
 from dgl_jax.losses import logits_of
 from dgl_jax.pipeline import (
     Runner,
+    block_program,
     bound_in_flight,
-    compile_ahead,
     make_logits,
     steps_in_flight,
 )
@@ -212,8 +212,13 @@ def make_runner(
         if block.index == last:
             update = make_last_update(block, optimizer, log_gradient_norm=log_norm)
             labels = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32, sharding=placement.batch)
-            updates[last] = compile_ahead(
-                update, f"block_{last}", placement, outputs, (state, x, labels, key), donate=(0,)
+            updates[last] = block_program(
+                jax.named_call(update, name=f"block_{last}"),
+                placement,
+                outputs,
+                inputs=(state, x, labels, key),
+                traced=(last, UPDATE),
+                donate_argnums=0,
             )
             return None, None
         forward = make_forward(block, rule)
@@ -235,20 +240,20 @@ def make_runner(
             for leaf in jax.eval_shape(_to_arrays, kept)
         )
         activations = _struct(activations, placement.batch)
-        forwards[block.index] = compile_ahead(
-            array_forward,
-            f"block_{block.index}_forward",
+        forwards[block.index] = block_program(
+            jax.named_call(array_forward, name=f"block_{block.index}_forward"),
             placement,
             (placement.batch, placement.state, tuple(leaf.sharding for leaf in slot)),
-            inputs,
+            inputs=inputs,
+            traced=(block.index, FORWARD),
         )
-        updates[block.index] = compile_ahead(
-            array_backward,
-            f"block_{block.index}_backward",
+        updates[block.index] = block_program(
+            jax.named_call(array_backward, name=f"block_{block.index}_backward"),
             placement,
             outputs,
-            (state, slot, activations, key),
-            donate=(0,),
+            inputs=(state, slot, activations, key),
+            traced=(block.index, BACKWARD),
+            donate_argnums=0,
         )
         return activations, slot
 

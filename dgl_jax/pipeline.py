@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dgl_jax import trace
 from dgl_jax.block import Block, init_block_state, make_block_eval, make_block_feed, make_block_step
 from dgl_jax.config import Config, PlacementConfig
 from dgl_jax.placement import BlockPlacement
-from dgl_jax.schedule import UPDATE, Task
+from dgl_jax.schedule import FEED, UPDATE, Task
 from dgl_jax.transfer import announce, is_local, move, place, stand_in
 from dgl_jax.types import Batch, BlockState, Metrics, StepOutput, TrainState
 
@@ -85,7 +86,13 @@ def init_states(
 
 
 def block_program(
-    fn: Callable[..., Any], placement: BlockPlacement, out_shardings: Any, **options: Any
+    fn: Callable[..., Any],
+    placement: BlockPlacement,
+    out_shardings: Any,
+    *,
+    inputs: tuple[Any, ...] | None = None,
+    traced: tuple[int, str] | None = None,
+    donate_argnums: int | tuple[int, ...] = (),
 ) -> Callable[..., Any]:
     """``jax.jit(fn)`` where the block lives; elsewhere a function that returns stand-ins.
 
@@ -93,15 +100,24 @@ def block_program(
       fn: what a block computes.
       placement: where it lives.
       out_shardings: of fn's outputs, or a prefix of their tree.
-      options: of `jax.jit`.
+      inputs: arrays, or ShapeDtypeStructs with shardings; where they are given it is compiled now,
+        so that no step's time is of compiling.
+      traced: a block and an operation of the schedule; where a trace is recorded, each run of
+        the program is in it.
+      donate_argnums: as of `jax.jit`. Nothing is donated to a traced program: what is gone can't
+        be waited for.
 
     Returns:
       The program. In a process that has none of the block's devices, a function that takes
       stand-ins, computes nothing, and has the outputs' stand-ins for it.
     """
-    program = jax.jit(fn, out_shardings=out_shardings, **options)
+    recorder = trace.recorder() if traced else None
+    donate_argnums = () if recorder else donate_argnums
+    program = jax.jit(fn, out_shardings=out_shardings, donate_argnums=donate_argnums)
     if is_local(placement.state):
-        return program
+        if inputs is not None:
+            program = program.lower(*inputs).compile()
+        return recorder.watch(program, *traced, placement) if recorder else program
     known = {}
 
     def absent(*args):
@@ -118,29 +134,6 @@ def block_program(
         return known[shapes]
 
     return absent
-
-
-def compile_ahead(
-    fn: Callable,
-    name: str,
-    placement: BlockPlacement,
-    out_shardings: Any,
-    inputs: Any,
-    donate: tuple[int, ...] = (),
-) -> Callable:
-    """`block_program`, compiled before the first step, so that no step's time is of compiling.
-
-    Args:
-      fn: what a block computes.
-      name: that its operations have in a profile.
-      placement: where it lives.
-      out_shardings: of fn's outputs, or a prefix of their tree.
-      inputs: arrays or ShapeDtypeStructs with shardings.
-      donate: which of them are donated.
-    """
-    fn = jax.named_call(fn, name=name)
-    program = block_program(fn, placement, out_shardings, donate_argnums=donate)
-    return program.lower(*inputs).compile() if is_local(placement.state) else program
 
 
 def activation_shapes(
@@ -227,7 +220,8 @@ def make_fused_runner(
             return tuple(states), metrics
 
         # Outputs are pinned to where inputs live: the compiler must not choose anew each step.
-        return block_program(step, placement, placement.state, donate_argnums=0)
+        traced = (operations[-1][0], UPDATE)
+        return block_program(step, placement, placement.state, traced=traced, donate_argnums=0)
 
     def step(state, tasks, batch_at):
         operations = tuple((task.block, task.operation) for task in tasks)
@@ -270,12 +264,15 @@ def make_pipelined_runner(
             ),
             placement,
             StepOutput(placement.state, placement.batch, placement.state),
+            traced=(block.index, UPDATE),
             donate_argnums=0,
         )
         for block, placement in zip(blocks, placements, strict=True)
     ]
     feeds = [
-        block_program(make_block_feed(block), placement, placement.batch)
+        block_program(
+            make_block_feed(block), placement, placement.batch, traced=(block.index, FEED)
+        )
         for block, placement in zip(blocks, placements)
     ]
     keys = [place(key, placement.state) for placement in placements]

@@ -9,7 +9,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
-from dgl_jax.schedule import BACKWARD, FEED, FORWARD, UPDATE
+from dgl_jax.schedule import APPLY, BACKWARD, FEED, FORWARD, LOSS, UPDATE
 
 # What devices do besides the operations of a schedule.
 SEND = "send"
@@ -21,6 +21,8 @@ _LOOKS = {
     FEED: ("forward, in evaluation mode", {"alpha": 0.25}),
     BACKWARD: ("backward", {"alpha": 1.0}),
     UPDATE: ("forward and backward, one program", {"alpha": 1.0, "hatch": "///"}),
+    LOSS: ("forward and backward", {"alpha": 1.0, "hatch": "///"}),
+    APPLY: ("update", {"alpha": 0.7, "hatch": "|||"}),
     ALL_REDUCE: ("all-reduce", {"alpha": 0.2, "hatch": "xxxx"}),
     SEND: ("transfer", {"alpha": 0.2, "hatch": "...."}),
 }

@@ -16,7 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import auto as tqdm
 
-from dgl_jax import checkpoint, cost, distributed, drift, evaluation, metrics, placement, plots
+from dgl_jax import (
+    checkpoint,
+    cost,
+    distributed,
+    drift,
+    evaluation,
+    metrics,
+    placement,
+    plots,
+    trace,
+)
 from dgl_jax.auxiliary import head_for_loss
 from dgl_jax.config import LOCAL_METHODS, Config, to_dict
 from dgl_jax.data import Dataset, describe_dataset, load_dataset, load_dataset_in_parts
@@ -128,6 +138,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     block_states = init_states(blocks, optimizer, key, image_shape, placements)
     # However they were asked for, a runner finds the updates of each block in train.num_steps.
     train_config = dataclasses.replace(config.train, num_steps=num_updates, num_epochs=0.0)
+    recorder = trace.start() if config.trace else None
     runner = method.make_runner(
         dataclasses.replace(config, train=train_config), blocks, optimizer, key, placements
     )
@@ -216,7 +227,17 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
                 stack.callback(resource.close)
         stack.enter_context(checkpointer)
         stack.enter_context(jax.transfer_guard("disallow"))
+        first_traced = step + trace.FIRST_STEP
         for tasks in schedule.tasks(step):
+            if recorder or config.profile:
+                is_traced = first_traced <= step < first_traced + trace.NUM_STEPS
+                if recorder:
+                    recorder.begin_step(step if is_traced else None)
+                if config.profile and step == first_traced:
+                    jax.profiler.start_trace(os.path.join(workdir, "profile"))
+                    stack.callback(_stop_profile)
+                if config.profile and step == first_traced + trace.NUM_STEPS:
+                    _stop_profile()
             step_start, compiled = time.perf_counter(), metrics.compile_seconds()
             try:
                 state, step_metrics = runner.step(state, tasks, dataset.batch_at)
@@ -265,6 +286,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     if batch is not None:
         works = [method.make_block_work(config, block, optimizer) for block in blocks]
         step_seconds = cost.block_step_seconds(blocks, works, state.blocks, batch, placements)
+    busy = None
+    if recorder:
+        trace.stop()
+        title = f"{config.method.name}, {config.network.name}, K = {num_blocks}: measured"
+        busy = trace.write_trace(workdir, recorder.finish(), num_blocks, title)
     trained = fetch([(block.params, block.batch_stats) for block in state.blocks])
     if not is_main:
         return None
@@ -313,6 +339,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         ],
         "method_memory_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.memory)),
         "block_step_seconds": step_seconds,
+        "busy_fractions": busy,
+        **_speed_ups(step_seconds, record),
         "params_sha256": _sha256(trained),
         "jax_version": jax.__version__,
         "device_kind": placements[0].devices[0].device_kind,
@@ -325,6 +353,24 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     plots.plot_run(workdir, summary)
     write_summary(workdir, summary)  # Last: a run is finished when all its files are there.
     return summary
+
+
+def _speed_ups(
+    step_seconds: Sequence[float] | None, record: dict[str, Any]
+) -> dict[str, float | None]:
+    """How much faster than all blocks' work on one device: at best, and as it was."""
+    if not (step_seconds and record["train_seconds"]):
+        return {"ideal_speed_up": None, "reached_speed_up": None}
+    total = sum(step_seconds)
+    return {
+        "ideal_speed_up": total / max(step_seconds),
+        "reached_speed_up": total * record["timed_steps"] / record["train_seconds"],
+    }
+
+
+def _stop_profile() -> None:
+    with contextlib.suppress(RuntimeError):  # Stopped already.
+        jax.profiler.stop_trace()
 
 
 def _sha256(arrays: Any) -> str:

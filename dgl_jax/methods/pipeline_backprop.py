@@ -27,13 +27,13 @@ from dgl_jax.methods import ddg
 from dgl_jax.methods.method import Method, both_ways_bytes
 from dgl_jax.pipeline import (
     Runner,
+    block_program,
     bound_in_flight,
-    compile_ahead,
     make_logits,
     steps_in_flight,
 )
 from dgl_jax.placement import BlockPlacement
-from dgl_jax.schedule import BACKWARD, FORWARD, LOSS
+from dgl_jax.schedule import APPLY, BACKWARD, FORWARD, LOSS
 from dgl_jax.transfer import move, place
 from dgl_jax.types import BlockState, Params, TrainState
 
@@ -187,22 +187,29 @@ def make_runner(
         shapes = jax.eval_shape(lambda params: params, state.params)
         zero = functools.partial(_zero_totals, block, shapes)
         totals = jax.tree.map(lambda leaf: _struct(leaf, whole), jax.eval_shape(zero))
-        zeros[k] = compile_ahead(zero, f"{name}_zeros", placements[k], whole, ())
+        zeros[k] = block_program(
+            jax.named_call(zero, name=f"{name}_zeros"), placements[k], whole, inputs=()
+        )
         update = make_update(optimizer, log_gradient_norm=log_norm)
-        updates[k] = compile_ahead(
-            update, f"{name}_update", placements[k], whole, (state, totals), donate=(0,)
+        updates[k] = block_program(
+            jax.named_call(update, name=f"{name}_update"),
+            placements[k],
+            whole,
+            inputs=(state, totals),
+            traced=(k, APPLY),
+            donate_argnums=0,
         )
         inputs = (state.params, state.batch_stats, state.step, x)
         constants = (numbers[k][0], keys[k])
         if k == last:
             labels = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32, sharding=split)
-            forwards[k] = compile_ahead(
-                make_loss_pass(block, num_microbatches),
-                f"{name}_loss",
+            forwards[k] = block_program(
+                jax.named_call(make_loss_pass(block, num_microbatches), name=f"{name}_loss"),
                 placements[k],
                 (whole, whole, split),
-                (totals, *inputs, labels, *constants),
-                donate=(0, 2, 4) if k else (0, 2),
+                inputs=(totals, *inputs, labels, *constants),
+                traced=(k, LOSS),
+                donate_argnums=(0, 2, 4) if k else (0, 2),
             )
             return None
         forward = make_forward(block)
@@ -227,30 +234,31 @@ def make_runner(
             for leaf in jax.eval_shape(forward_keeping, *inputs, *constants)[2]
         )
         kept_shardings = jax.tree.map(lambda leaf: leaf.sharding, kept)
-        forwards[k] = compile_ahead(
-            forward_keeping,
-            f"{name}_forward",
+        forwards[k] = block_program(
+            jax.named_call(forward_keeping, name=f"{name}_forward"),
             placements[k],
             (split, whole, kept_shardings),
-            (*inputs, *constants),
-            donate=(1,),
+            inputs=(*inputs, *constants),
+            traced=(k, FORWARD),
+            donate_argnums=1,
         )
         activations = _struct(activations, split)
         is_kept = _Input(len(jax.tree.leaves(state.params))) in kept
-        backwards[k] = compile_ahead(
-            backward,
-            f"{name}_backward",
+        backwards[k] = block_program(
+            jax.named_call(backward, name=f"{name}_backward"),
             placements[k],
             (whole, split),
-            (totals, state.params, x, kept, activations),
-            donate=(0, 2) if k and is_kept else (0,),
+            inputs=(totals, state.params, x, kept, activations),
+            traced=(k, BACKWARD),
+            donate_argnums=(0, 2) if k and is_kept else 0,
         )
         return activations
 
     def compile_split(name, x, placement):
         split = lambda x: tuple(jnp.split(x, num_microbatches))
         inputs = (_struct(x, placement.batch),)
-        splits[name] = compile_ahead(split, f"split_{name}", placement, placement.batch, inputs)
+        split = jax.named_call(split, name=f"split_{name}")
+        splits[name] = block_program(split, placement, placement.batch, inputs=inputs)
 
     def init_memory(block_states, images):
         compile_split("images", images, placements[0])
