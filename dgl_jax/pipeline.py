@@ -331,10 +331,12 @@ def bound_in_flight(step: Step, max_steps_in_flight: int) -> Step:
         if len(in_flight) == max_steps_in_flight:
             jax.block_until_ready(in_flight.popleft())
         state, metrics = step(state, tasks, batch_at)
-        # A process that has none of the step's last block hears of its end, and so can't run
-        # ahead of those that have.
-        last = metrics.get(tasks[-1].block) if tasks else None
-        in_flight.append((metrics, announce(jax.tree.leaves(last)[0]) if last else None))
+        done = metrics
+        if jax.process_count() > 1 and tasks and tasks[-1].block in metrics:
+            # A process that has none of the step's last block hears of its end, and so can't
+            # run ahead of those that have.
+            done = (metrics, announce(jax.tree.leaves(metrics[tasks[-1].block])[0]))
+        in_flight.append(done)
         return state, metrics
 
     return bounded_step

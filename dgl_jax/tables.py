@@ -218,6 +218,57 @@ def search_step_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return _markdown(header, cells)
 
 
+def parallel_table(content: Mapping[str, Any]) -> str:
+    """The variants of `experiments/benchmark.py parallel`, one a row.
+
+    Args:
+      content: parallel.json: ``rows`` of ``method``, ``num_devices`` (0: one device with all
+        threads), ``num_cores``, and of each round ``step_seconds``, or of the row "blocks" the
+        ``block_seconds`` of each block alone.
+
+    Returns:
+      A Markdown table and a line: speed-ups over backprop on one core, round by round, and the
+      share of the ideal: that time over the slowest block's.
+    """
+    by_variant = {(row["method"], row["num_devices"]): row for row in content["rows"]}
+    baseline = by_variant["backprop", 1]["step_seconds"]
+    blocks = by_variant["blocks", 1]["block_seconds"]
+    slowest = [max(seconds) for seconds in blocks]
+    ideal = statistics.median(b / s for b, s in zip(baseline, slowest, strict=True))
+
+    def spread(values: Sequence[float], form: str) -> str:
+        low, high = (format(value, form) for value in (min(values), max(values)))
+        return f"{statistics.median(values):{form}} ({low} to {high})"
+
+    cells = []
+    for row in content["rows"]:
+        seconds = row["step_seconds"]
+        if not seconds:
+            continue
+        where = "all threads" if row["num_devices"] == 0 else f"{row['num_devices']}"
+        speed_ups = [b / s for b, s in zip(baseline, seconds, strict=True)]
+        is_cut = row["num_devices"] > 1 and row["method"] != "data_parallel"
+        shares = [slow / s for slow, s in zip(slowest, seconds, strict=True)]
+        cells.append(
+            [
+                row["method"],
+                str(row["num_cores"]),
+                where,
+                spread([1000 * s for s in seconds], ".1f"),
+                spread(speed_ups, ".2f"),
+                f"{100 * statistics.median(shares):.0f} %" if is_cut else "",
+            ]
+        )
+    header = ["method", "cores", "devices", "step, ms (least to most)"]
+    header += ["speed-up over backprop on one core", "of the ideal"]
+    alone = [1000 * statistics.median(times) for times in zip(*blocks, strict=True)]
+    return (
+        f"{_markdown(header, cells)}\n\n"
+        f"Blocks alone on one core: {', '.join(f'{ms:.1f}' for ms in alone)} ms; "
+        f"ideal speed-up over backprop {ideal:.2f}."
+    )
+
+
 def _percent(accuracy: Mapping[str, Any]) -> str:
     """``88.30 ± 0.21``; without a deviation for a single run."""
     text = f"{100 * accuracy['mean']:.2f}"

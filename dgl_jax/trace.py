@@ -129,12 +129,13 @@ def write_trace(
         ],
     }
     write_atomically(os.path.join(workdir, "trace.json"), json.dumps(content) + "\n")
-    last_drawn = min(span.step for span in spans) + _DRAWN_STEPS
-    plot_timeline(
-        [span for span in spans if span.step < last_drawn],
-        os.path.join(workdir, "timeline.png"),
-        title,
-    )
+    # Drawn is a part in which all devices are at work.
+    devices = {span.device for span in spans}
+    begin = max(min(s.start for s in spans if s.device == device) for device in devices)
+    steps = {span.step for span in spans}
+    end = begin + _DRAWN_STEPS * (max(span.end for span in spans) - spans[0].start) / len(steps)
+    drawn = [span for span in spans if span.end > begin and span.start < end]
+    plot_timeline(drawn, os.path.join(workdir, "timeline.png"), title)
     fractions = []
     for block in range(num_blocks):
         own = [span for span in spans if span.block == block]

@@ -4,6 +4,9 @@
         --batch_size=128 --inner_steps=5 --image_size=32 --validation_batch_size=1024 \
         --estimators=unrolled,first_order,finite_difference --remat=on,off --repeats=3]
 
+    python experiments/benchmark.py parallel --out=DIR [--num_blocks=2 --network=resnet18 \
+        --batch_size=64 --methods=dgl,ddg,data_parallel,pipeline_backprop:gpipe --rounds=7 --steps=20]
+
 The first argument says what is measured; DIR/WHAT.json and DIR/WHAT.md get the result. Images are
 random.
 
@@ -12,6 +15,8 @@ estimator, with and without remat, and beside it one inner step and one step of 
 the same network and batch. Each variant has two processes of its own: one compiles, the other
 takes the program from a cache and runs it, so that its peak memory is that of running alone. A
 variant that is killed, lacks memory or runs past --timeout_s is in the table as failed.
+
+parallel: K blocks on K cores, and what one would do instead; see parallel_benchmark.py.
 """
 
 import json
@@ -27,6 +32,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import parallel_benchmark
 from absl import app, flags, logging
 
 from dgl_jax import cost
@@ -237,7 +243,7 @@ def _search_step_text(content: dict[str, Any]) -> str:
     return "\n\n".join([title, table, notes, f"    {content['command']}\n"])
 
 
-_SUBCOMMANDS = {"search_step": search_step}
+_SUBCOMMANDS = {"search_step": search_step, "parallel": parallel_benchmark.parallel}
 
 
 def main(argv: list[str]) -> None:

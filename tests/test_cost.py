@@ -82,8 +82,9 @@ def test_every_blocks_work_is_timed_where_it_lives(small_network, small_head, sm
 
         return work
 
+    batch = jax.device_put(small_batches[0], placements[0].batch)
     seconds = cost.block_step_seconds(
-        blocks, [make_work(block) for block in blocks], states, small_batches[0], placements
+        blocks, [make_work(block) for block in blocks], states, batch, placements
     )
     assert len(seconds) == 2 and min(seconds) > 0
     assert calls == [0, 1]

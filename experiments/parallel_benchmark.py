@@ -1,0 +1,282 @@
+"""`benchmark.py parallel`: how much faster blocks on K devices are, beside what one would do instead.
+
+Every variant is a process of its own, pinned to just the cores that it is given, one core a
+device. All are alive at once; in each round each of them in turn runs some steps while the others
+sleep, so that what slows the machine down slows all of them. Images are random.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from dgl_jax import cost
+from dgl_jax.auxiliary import head_for_loss
+from dgl_jax.config import Config, default_config, from_dict
+from dgl_jax.errors import UserError
+from dgl_jax.grouping import choose_cuts, configured_network, make_classifiers
+from dgl_jax.losses import make_loss_fns
+from dgl_jax.methods import METHODS
+from dgl_jax.optim import make_optimizer
+from dgl_jax.pipeline import init_states
+from dgl_jax.placement import make_placements, request_cpu_devices
+from dgl_jax.tables import parallel_table
+from dgl_jax.types import Batch, TrainState
+
+_NUM_BLOCKS = flags.DEFINE_integer("num_blocks", 2, "parallel: K, and so many cores.", 1)
+_METHODS = flags.DEFINE_list(
+    "methods",
+    ["dgl", "ddg", "pipeline_backprop:gpipe", "pipeline_backprop:1f1b", "data_parallel"],
+    "parallel: what runs on K devices; a word after : is the pipeline's schedule.",
+)
+_NUM_MICROBATCHES = flags.DEFINE_integer("num_microbatches", 4, "parallel: of the pipelines.", 1)
+_HEAD = flags.DEFINE_string("head", "mlp_sr", "parallel: the auxiliary head.")
+_STEPS = flags.DEFINE_integer("steps", 20, "parallel: timed steps of each round.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "parallel: rounds.", lower_bound=1)
+# For its own use: a method or "blocks", its devices, its cores, its cuts.
+_WORKER = flags.DEFINE_string("worker", None, "For its own use.")
+
+_NUM_CLASSES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What one process measures.
+
+    Attributes:
+      method: of `METHODS`, with the pipeline's schedule after a colon; or "blocks": each block's
+        work alone.
+      num_devices: devices of one thread each, one a core; 0: one device with all cores' threads.
+      num_cores: that the process may use.
+    """
+
+    method: str
+    num_devices: int
+    num_cores: int
+
+
+def parallel(folder: pathlib.Path) -> list[str]:
+    """Measures all variants; returns what failed: nothing, or it raises."""
+    if _WORKER.value:
+        _work(Variant(**json.loads(_WORKER.value)["variant"]), json.loads(_WORKER.value)["cuts"])
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    num_blocks = _NUM_BLOCKS.value
+    if num_blocks > len(cores):
+        raise UserError(f"--num_blocks={num_blocks} must not exceed the {len(cores)} cores at hand")
+    for method in _METHODS.value:
+        if method.partition(":")[0] not in METHODS:
+            raise UserError(f"--methods={method} is unknown; choose from {', '.join(METHODS)}")
+    variants = [Variant("backprop", 1, 1), Variant("dgl", 1, 1)]
+    if num_blocks > 1:
+        variants.append(Variant("backprop", 0, num_blocks))
+    variants += [Variant(method, num_blocks, num_blocks) for method in _METHODS.value]
+
+    # Blocks of equal time on one core; the first process decides, all take its cuts.
+    alone = Variant("blocks", 1, 1)
+    workers = {alone: _start(folder, alone, None, cores)}
+    cuts = _ask(workers[alone])["cuts"]
+    workers |= {variant: _start(folder, variant, cuts, cores) for variant in variants}
+    for variant in variants:
+        _ask(workers[variant])  # Ready: compiled and warm.
+    rows = [
+        dataclasses.asdict(variant) | {"step_seconds": [], "block_seconds": []}
+        for variant in workers
+    ]
+    for _ in range(_ROUNDS.value):
+        for worker, row in zip(workers.values(), rows, strict=True):
+            for name, value in _ask(worker, "go").items():
+                row[name].append(value)
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    content = {
+        "network": flags.FLAGS.network,
+        "width_factor": flags.FLAGS.width_factor,
+        "batch_size": flags.FLAGS.batch_size,
+        "image_size": flags.FLAGS.image_size,
+        "head": _HEAD.value,
+        "num_blocks": num_blocks,
+        "cuts": cuts,
+        "num_microbatches": _NUM_MICROBATCHES.value,
+        "rows": rows,
+    }
+    _write(folder, content)
+    return []
+
+
+def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
+    content |= {
+        "command": shlex.join(["python", *sys.argv]),
+        "num_cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+    (folder / "parallel.json").write_text(json.dumps(content, indent=2) + "\n")
+    title = (
+        f"# {content['network']} x {content['width_factor']:g}, K = {content['num_blocks']}, cuts "
+        f"{tuple(content['cuts'])}, batches of {content['batch_size']}, {content['image_size']} "
+        f"pixels, head {content['head']}"
+    )
+    notes = (
+        f"{content['num_cpus']} CPUs, jax {content['jax']}, Python {content['python']}; every "
+        "process pinned to the cores it is given, one a device of one thread. Medians of "
+        f"{_ROUNDS.value} interleaved rounds of {_STEPS.value} steps, and their range. Ideal: "
+        "backprop's time on one core over that of the slowest block alone on one core."
+    )
+    table = parallel_table(content)
+    (folder / "parallel.md").write_text(
+        "\n\n".join([title, table, notes, f"    {content['command']}\n"])
+    )
+    print(table)
+
+
+def _start(
+    folder: pathlib.Path, variant: Variant, cuts: list[int] | None, cores: list[int]
+) -> subprocess.Popen:
+    """A process that measures a variant whenever it is asked to."""
+    threads = "true" if variant.num_devices == 0 else "false"
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen={threads}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    (folder / "parallel").mkdir(exist_ok=True)
+    name = f"{variant.method.replace(':', '_')}_{variant.num_devices}_{variant.num_cores}.log"
+    with open(folder / "parallel" / name, "w") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, *sys.argv),
+                "--worker=" + json.dumps({"variant": dataclasses.asdict(variant), "cuts": cuts}),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+    os.sched_setaffinity(process.pid, cores[: variant.num_cores])
+    return process
+
+
+def _ask(worker: subprocess.Popen, question: str = "") -> dict[str, Any]:
+    """The worker's next line, after a question if there is one.
+
+    Raises:
+      UserError: if it has ended instead.
+    """
+    if question:
+        worker.stdin.write(question + "\n")
+        worker.stdin.flush()
+    line = worker.stdout.readline()
+    if not line:
+        raise UserError(f"a process has failed: {worker.args[-1]}; its log in --out says why")
+    return json.loads(line)
+
+
+def _config(variant: Variant, cuts: list[int] | None) -> Config:
+    method, _, schedule = variant.method.partition(":")
+    given = default_config()
+    given.method.name = "dgl" if method == "blocks" else method
+    given.network.name = flags.FLAGS.network
+    given.network.width_factor = flags.FLAGS.width_factor
+    given.auxiliary.name = _HEAD.value
+    given.train.batch_size = flags.FLAGS.batch_size
+    given.train.num_epochs = 0.0
+    given.train.num_steps = 10**6
+    given.optimizer.schedule = "constant"
+    if method == "pipeline_backprop":
+        given.method.num_microbatches = _NUM_MICROBATCHES.value
+        given.method.pipeline_schedule = schedule or "1f1b"
+    if cuts is None:
+        given.partition.strategy = "balanced"
+        given.partition.cost = "time"
+        given.partition.num_blocks = _NUM_BLOCKS.value
+    else:
+        given.partition.strategy = "explicit"
+        given.partition.cuts = tuple(cuts)
+    if method == "data_parallel":
+        given.placement.data_parallel = given.placement.num_devices = variant.num_devices
+        given.eval.batch_size = given.train.batch_size
+    elif variant.num_devices > 1:
+        given.placement.kind = "pipelined"
+        given.placement.num_devices = variant.num_devices
+    return from_dict(given.to_dict())
+
+
+def _work(variant: Variant, cuts: list[int] | None) -> None:
+    """What a process does: sets up, says what its cuts are, and measures when it is told to."""
+    config = _config(variant, cuts)
+    request_cpu_devices(config.placement)
+    size, batch_size = flags.FLAGS.image_size, config.train.batch_size
+    image_shape = (size, size, 3)
+    network = configured_network(config, _NUM_CLASSES)
+    if cuts is None:
+        cuts = choose_cuts(config, network, _NUM_CLASSES, image_shape)
+    is_cut = config.method.name not in ("backprop", "data_parallel")
+    own_cuts = tuple(cuts) if is_cut else ()
+    classifiers = make_classifiers(config, (config.auxiliary.name,) * len(own_cuts), _NUM_CLASSES)
+    heads = tuple(head_for_loss("cross_entropy", head, None) for head in classifiers)
+    method = METHODS[config.method.name]
+    loss_fns = make_loss_fns(config.loss, len(own_cuts) + 1, _NUM_CLASSES)
+    blocks = method.make_blocks(network, own_cuts, heads, loss_fns)
+    placements = make_placements(config.placement, len(blocks))
+    optimizer = make_optimizer(config.optimizer, 10**6, 10**6)
+    key = jax.random.key(0)
+    states = init_states(blocks, optimizer, key, image_shape, placements)
+    images_key, labels_key = jax.random.split(key)
+    labels = jax.random.randint(labels_key, (batch_size,), 0, _NUM_CLASSES)
+    images = jax.random.normal(images_key, (batch_size, *image_shape))
+    batch = Batch(*jax.device_put((images, labels), placements[0].batch))
+    tell = lambda **answer: print(json.dumps(answer), flush=True)
+
+    if variant.method == "blocks":
+        works = [method.make_block_work(config, block, optimizer) for block in blocks]
+        measure = lambda: cost.block_step_seconds(blocks, works, states, batch, placements)
+        tell(cuts=list(cuts))
+        for _ in sys.stdin:
+            tell(block_seconds=measure())
+        return
+
+    runner = method.make_runner(config, blocks, optimizer, key, placements)
+    shape = jax.ShapeDtypeStruct(images.shape, jnp.float32)
+    state = TrainState(states, runner.init_memory(states, shape))
+    tasks = method.make_schedule(config, len(blocks), 10**6, 10**6).tasks(0)
+
+    def steps(number):
+        nonlocal state
+        for _ in range(number):
+            state, metrics = runner.step(state, next(tasks), lambda step: batch)
+        return metrics
+
+    warm_up = 2 * len(blocks)
+
+    def seconds_per_step():
+        """From the end of one step to that of a later one: the pipeline is full at both."""
+        ends = []
+
+        def note_end(metrics):
+            jax.block_until_ready(metrics)
+            ends.append(time.perf_counter())
+
+        waiting = threading.Thread(target=note_end, args=(steps(warm_up),))
+        waiting.start()
+        note_end(steps(_STEPS.value))
+        waiting.join()
+        jax.block_until_ready(state)
+        return (max(ends) - min(ends)) / _STEPS.value
+
+    jax.block_until_ready(steps(warm_up))
+    tell(cuts=list(cuts))
+    for _ in sys.stdin:
+        tell(step_seconds=seconds_per_step())
