@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import auto as tqdm
 
-from dgl_jax import checkpoint, cost, metrics
+from dgl_jax import checkpoint, cost, distributed, metrics
 from dgl_jax.auxiliary import OPTIONS, make_heads
 from dgl_jax.block import init_block_state, make_block_step
 from dgl_jax.config import PlacementConfig, SearchConfig, SearchSettings, to_dict
 from dgl_jax.data import Dataset, load_dataset
-from dgl_jax.errors import not_finite_error
+from dgl_jax.errors import UserError, not_finite_error
 from dgl_jax.grouping import compute_dtype, configured_network
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods import METHODS
@@ -66,6 +66,8 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     """
     start_time = time.perf_counter()
     settings = config.search
+    if distributed.num_processes() > 1:
+        raise UserError("a search runs in one process only; leave out --num_processes")
 
     # ---- The run's folder; a search that is finished already is not touched. Where another K is
     # asked of it, what follows the loop is done again from the last checkpoint.

@@ -48,6 +48,17 @@ from dgl_jax.transfer import fetch, is_local
 from dgl_jax.types import TrainState
 
 
+_IN_SEVERAL_PROCESSES = (
+    "dgl",
+    "sequential",
+    "ddg",
+    "features_replay",
+    "backprop",
+    "data_parallel",
+    "pipeline_backprop",
+)
+
+
 def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     """Trains a network as decoupled blocks; goes on where a killed run stopped.
 
@@ -70,6 +81,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     if config.method.name == "data_parallel":
         config = dataclasses.replace(config, placement=placement.over_all(config.placement))
     distributed.check_same(to_dict(config))
+    if distributed.num_processes() > 1 and config.method.name not in _IN_SEVERAL_PROCESSES:
+        raise UserError(
+            f"config.method.name={config.method.name} runs in one process only; leave out "
+            f"--num_processes, or choose from {', '.join(_IN_SEVERAL_PROCESSES)}"
+        )
     is_main = distributed.is_main()
     previous = distributed.agree(previous_run(config, workdir) if is_main else None)
     if previous and previous["summary"].get("finished"):

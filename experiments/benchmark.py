@@ -16,6 +16,8 @@ the same network and batch. Each variant has two processes of its own: one compi
 takes the program from a cache and runs it, so that its peak memory is that of running alone. A
 variant that is killed, lacks memory or runs past --timeout_s is in the table as failed.
 
+dispatch: the host's part of a step, with blocks that compute next to nothing.
+
 parallel: K blocks on K cores, and what one would do instead; see parallel_benchmark.py.
 """
 
@@ -243,7 +245,11 @@ def _search_step_text(content: dict[str, Any]) -> str:
     return "\n\n".join([title, table, notes, f"    {content['command']}\n"])
 
 
-_SUBCOMMANDS = {"search_step": search_step, "parallel": parallel_benchmark.parallel}
+_SUBCOMMANDS = {
+    "search_step": search_step,
+    "parallel": parallel_benchmark.parallel,
+    "dispatch": parallel_benchmark.dispatch,
+}
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,5 @@
-"""`benchmark.py parallel`: how much faster blocks on K devices are, beside what one would do instead.
+"""`benchmark.py parallel`: how much faster blocks on K devices are, beside what one would do instead;
+and `benchmark.py dispatch`: the host's part of a step.
 
 Every variant is a process of its own, pinned to just the cores that it is given, one core a
 device. All are alive at once; in each round each of them in turn runs some steps while the others
@@ -11,26 +12,38 @@ import os
 import pathlib
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from dgl_jax import cost
 from dgl_jax.auxiliary import head_for_loss
-from dgl_jax.config import Config, default_config, from_dict
+from dgl_jax.config import (
+    Config,
+    LossConfig,
+    OptimizerConfig,
+    PlacementConfig,
+    default_config,
+    from_dict,
+)
 from dgl_jax.errors import UserError
 from dgl_jax.grouping import choose_cuts, configured_network, make_classifiers
 from dgl_jax.losses import make_loss_fns
 from dgl_jax.methods import METHODS
+from dgl_jax.models.network import Network
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements, request_cpu_devices
+from dgl_jax.schedule import synchronous
 from dgl_jax.tables import parallel_table
 from dgl_jax.types import Batch, TrainState
 
@@ -48,6 +61,8 @@ _ROUNDS = flags.DEFINE_integer("rounds", 7, "parallel: rounds.", lower_bound=1)
 _WORKER = flags.DEFINE_string("worker", None, "For its own use.")
 
 _NUM_CLASSES = 10
+_DISPATCH_BLOCKS = (1, 2, 4, 8)
+_DISPATCH_STEPS = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +132,7 @@ def parallel(folder: pathlib.Path) -> list[str]:
 
 
 def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
-    content |= {
-        "command": shlex.join(["python", *sys.argv]),
-        "num_cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
+    content |= _machine()
     (folder / "parallel.json").write_text(json.dumps(content, indent=2) + "\n")
     title = (
         f"# {content['network']} x {content['width_factor']:g}, K = {content['num_blocks']}, cuts "
@@ -280,3 +290,61 @@ def _work(variant: Variant, cuts: list[int] | None) -> None:
     tell(cuts=list(cuts))
     for _ in sys.stdin:
         tell(step_seconds=seconds_per_step())
+
+
+def dispatch(folder: pathlib.Path) -> list[str]:
+    """What the host spends on each step and block, with blocks that compute next to nothing.
+
+    A step's time is the host's where devices have less to do than it has: dispatching, moving
+    activations and labels, waiting for the oldest step.
+    """
+    most = max(_DISPATCH_BLOCKS)
+    jax.config.update("jax_num_cpu_devices", most)
+    rows = []
+    for num_blocks in _DISPATCH_BLOCKS:
+        config = Config(placement=PlacementConfig(kind="pipelined", num_devices=num_blocks))
+        network = Network("empty", (nn.Dense(1),) * num_blocks, nn.Dense(2))
+        blocks = METHODS["dgl"].make_blocks(
+            network, range(num_blocks - 1), nn.Dense(2), make_loss_fns(LossConfig(), 1, 2)[0]
+        )
+        placements = make_placements(config.placement, num_blocks)
+        optimizer = make_optimizer(OptimizerConfig(schedule="constant"), 1, 1)
+        key = jax.random.key(0)
+        states = init_states(blocks, optimizer, key, (1,), placements)
+        runner = METHODS["dgl"].make_runner(config, blocks, optimizer, key, placements)
+        arrays = (np.zeros((1, 1), np.float32), np.zeros(1, np.int32))
+        batch = Batch(*jax.device_put(arrays, placements[0].batch))
+        state, tasks = TrainState(states), synchronous(num_blocks, 10**9).tasks(0)
+        seconds = []
+        for _ in range(_ROUNDS.value + 1):
+            start = time.perf_counter()
+            for _ in range(_DISPATCH_STEPS):
+                state, _ = runner.step(state, next(tasks), lambda step: batch)  # noqa: B023
+            jax.block_until_ready(state)
+            seconds.append((time.perf_counter() - start) / _DISPATCH_STEPS)
+        rows.append({"num_blocks": num_blocks, "step_seconds": seconds[1:]})  # The first compiles.
+    content = _machine() | {"rows": rows}
+    (folder / "dispatch.json").write_text(json.dumps(content, indent=2) + "\n")
+    lines = ["| K | step, µs (least to most) | per block, µs |", "|---|---|---|"]
+    for row in rows:
+        median, *ends = (1e6 * f(row["step_seconds"]) for f in (statistics.median, min, max))
+        spread = f"{median:.0f} ({ends[0]:.0f} to {ends[1]:.0f})"
+        lines.append(f"| {row['num_blocks']} | {spread} | {median / row['num_blocks']:.0f} |")
+    notes = (
+        f"{content['num_cpus']} CPUs, jax {content['jax']}, Python {content['python']}. Blocks of "
+        "one Dense(1) layer and a head, a batch of one number, each on a CPU device of its own; "
+        f"medians of {_ROUNDS.value} rounds of {_DISPATCH_STEPS} steps."
+    )
+    text = "\n\n".join(["\n".join(lines), notes, f"    {content['command']}\n"])
+    (folder / "dispatch.md").write_text("# The host's part of a step\n\n" + text)
+    print("\n".join(lines))
+    return []
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "num_cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
