@@ -47,7 +47,6 @@ from dgl_jax.schedule import APPLY, BACKWARD, UPDATE
 from dgl_jax.transfer import fetch, is_local
 from dgl_jax.types import TrainState
 
-
 _IN_SEVERAL_PROCESSES = (
     "dgl",
     "sequential",
