@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from dgl_jax import distributed
 from dgl_jax.errors import UserError
 from dgl_jax.transfer import fetch, is_local
 
@@ -63,8 +64,8 @@ def save(
 ) -> None:
     """Starts saving; the states may be donated as soon as this returns.
 
-    In a run of several processes all must call it. Orbax does not take an array that only some
-    of them have, so all come to process 0, which writes them.
+    In a run of several processes all must call it, and it returns when process 0 has what it
+    writes. Orbax does not take an array that only some of them have, so all come to process 0.
 
     Args:
       checkpointer: from `open_checkpointer`.
@@ -79,7 +80,11 @@ def save(
     if jax.process_count() > 1:
         # Orbax looks at the shapes in every process, and writes what the first one has.
         shapes = jax.tree.map(lambda leaf: np.broadcast_to(leaf.dtype.type(0), leaf.shape), states)
-        states = fetch(states) or shapes
+        fetched = fetch(states)
+        # Orbax's barriers run on all devices: what they would wait for must be done.
+        jax.block_until_ready(states)
+        distributed.collect("fetched")
+        states = fetched or shapes
     check_disk_space(str(checkpointer.directory), states, num_checkpoints=1)
     checkpointer.save_async(
         step,
@@ -111,10 +116,18 @@ def restore_latest(
     Raises:
       UserError: if the checkpoint is of another configuration; the message names a leaf.
     """
-    latest = checkpointer.latest
+    steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+    latest = distributed.agree(max(steps, default=None))
     if latest is None:
         return None
-    metadata = checkpointer.metadata(latest.step)
+    if latest not in steps:
+        raise UserError(
+            f"workdir: process {jax.process_index()} finds no checkpoint of step {latest} in "
+            f"{checkpointer.directory}, where process 0 does; give a folder that all share"
+        )
+    jax.block_until_ready(states)
+    distributed.collect("ready")
+    metadata = checkpointer.metadata(latest)
     _check_tree(metadata.metadata["states"], states, str(metadata.path))
     # A stand-in, for what another process has, stays as it is.
     abstract = jax.tree.map(
@@ -125,11 +138,11 @@ def restore_latest(
         ),
         states,
     )
-    restored = checkpointer.load(latest.step, {"states": abstract})["states"]
+    restored = checkpointer.load(latest, {"states": abstract})["states"]
     restored = jax.tree.map(
         lambda leaf, wanted: wanted if leaf is ocp.PLACEHOLDER else leaf, restored, states
     )
-    return latest.step, restored, dict(metadata.custom_metadata)
+    return latest, restored, dict(metadata.custom_metadata)
 
 
 def _check_tree(saved: Any, wanted: Any, path: str) -> None:

@@ -6,6 +6,7 @@ and who gave another number of processes, and it tells everybody at once when on
 has died. A machine that vanishes without closing its connections is noticed by jax's heartbeats.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -16,13 +17,14 @@ from multiprocessing import connection
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed as jax_distributed  # Its key-value store has no public name.
 
 from dgl_jax.errors import UserError
 
 _roll_call = None
 _num_processes = 1
+_calls = itertools.count()  # Of `agree` and `collect`, the same in all processes.
+_A_DAY_MS = 24 * 3600 * 1000  # A process that has died is noticed otherwise, and sooner.
 
 
 def initialize(
@@ -109,27 +111,33 @@ def is_main() -> bool:
 
 
 def agree(value: Any) -> Any:
-    """Process 0's value, in all processes: JSON of any kind. All must call it."""
+    """Process 0's value, in all processes: JSON of any kind. All must call it.
+
+    Nothing of it runs on a device: a collective there would wait behind, and with, what blocks
+    do. No process returns before process 0 has called.
+    """
     if _num_processes == 1:
         return value
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    with jax.transfer_guard("allow"):
-        size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-        padded = np.resize(text, size) if is_main() else np.zeros(size, np.uint8)
-        return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    store, key = jax_distributed.global_state.client, f"dgl_jax/{next(_calls)}"
+    if is_main():
+        store.key_value_set(key, json.dumps(value))
+    return json.loads(store.blocking_key_value_get(key, _A_DAY_MS))
 
 
 def collect(value: Any) -> list[Any]:
-    """Every process's value, in all of them, by process: JSON of any kind. All must call it."""
+    """Every process's value, in all of them, by process: JSON of any kind. All must call it.
+
+    No process returns before all have called.
+    """
     if _num_processes == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    with jax.transfer_guard("allow"):
-        sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size)))
-        padded = np.zeros(sizes.max(), np.uint8)
-        padded[: text.size] = text
-        rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    store, key = jax_distributed.global_state.client, f"dgl_jax/{next(_calls)}"
+    store.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    texts = [
+        store.blocking_key_value_get(f"{key}/{process}", _A_DAY_MS)
+        for process in range(_num_processes)
+    ]
+    return [json.loads(text) for text in texts]
 
 
 def check_same(config: dict[str, Any]) -> None:
@@ -154,9 +162,10 @@ def finish() -> None:
 
 def fail(message: str, code: int) -> None:
     """Tells the other processes, which end with that line and exit code too. Returns."""
-    if _roll_call is not None:
-        who = "process 0: " if isinstance(_roll_call, _Leader) else ""  # It names the others.
-        _roll_call.tell({"failed": who + message, "code": code})
+    if isinstance(_roll_call, _Leader):
+        _roll_call.fail(f"process 0: {message}", code)
+    elif _roll_call is not None:
+        _roll_call.tell({"failed": message, "code": code})  # Process 0 says who.
 
 
 def _allow_transfers(own_address: str) -> None:
@@ -166,6 +175,8 @@ def _allow_transfers(own_address: str) -> None:
         free.bind(("", 0))
         port = free.getsockname()[1]
     jax.config.update("jax_cross_host_transfer_socket_address", f"{own_address}:{port}")
+    # The first transfer waits until the other process has compiled what it sends.
+    jax.config.update("jax_cross_host_transfer_timeout_seconds", 24 * 3600)
     # Nothing here uses the notice; with it, SIGTERM would not end a process.
     jax.config.update("jax_enable_preemption_service", False)
 
@@ -210,6 +221,8 @@ class _Leader:
         self._num_processes = num_processes
         self._peers: dict[int, connection.Connection] = {}
         self._finished: set[int] = set()
+        self._gone: set[int] = set()
+        self._has_failed = False
         self._changed = threading.Condition()
         self._refused = None
         try:
@@ -231,7 +244,7 @@ class _Leader:
                 f"--num_processes={num_processes}: process {', '.join(missing)} has not come in "
                 "time; start it, or raise --connect_timeout_s"
             )
-            self.tell({"failed": problem, "code": 2})
+            self.fail(problem, 2)
             raise UserError(problem)
         self.tell({"complete": True})
 
@@ -266,21 +279,31 @@ class _Leader:
         while not problem:
             message = _receive(peer)
             with self._changed:
-                if message is None and process_id in self._finished:
-                    return
                 if message is not None and "finished" in message:
                     self._finished.add(process_id)
                     self._changed.notify_all()
                     continue
+                self._gone.add(process_id)
+                self._changed.notify_all()
+                if self._has_failed or process_id in self._finished:
+                    return
             who = f"process {process_id}"
             text = _DIED.format(who=who) if message is None else f"{who}: {message['failed']}"
             code = 1 if message is None else message["code"]
-            self.tell({"failed": text, "code": code})
+            self.fail(text, code)
             _end(text, code)
 
     def tell(self, message: dict[str, Any]) -> None:
         for peer in list(self._peers.values()):
             _send(peer, message)
+
+    def fail(self, message: str, code: int) -> None:
+        """Tells all others, and lets them end first: without process 0 jax would abort them."""
+        with self._changed:
+            self._has_failed = True
+        self.tell({"failed": message, "code": code})
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._gone) == len(self._peers), timeout=1)
 
     def finish(self) -> None:
         with self._changed:
@@ -312,7 +335,12 @@ class _Follower:
                 time.sleep(0.2)
         self.tell({"process_id": process_id, "num_processes": num_processes})
         threading.Thread(target=self._attend, daemon=True).start()
-        self._complete.wait()  # Process 0 ends the wait: with everybody there, or an error.
+        # Process 0 ends the wait: with everybody there, or an error.
+        if not self._complete.wait(max(0.0, deadline - time.monotonic()) + 30):
+            raise UserError(
+                f"--coordinator={address[0]}:{address[1] - 1}: what answers at port {address[1]} "
+                "is not process 0 of this run; choose another port"
+            )
 
     def _attend(self) -> None:
         while True:

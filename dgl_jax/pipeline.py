@@ -332,10 +332,10 @@ def bound_in_flight(step: Step, max_steps_in_flight: int) -> Step:
             jax.block_until_ready(in_flight.popleft())
         state, metrics = step(state, tasks, batch_at)
         done = metrics
-        if jax.process_count() > 1 and tasks and tasks[-1].block in metrics:
+        if jax.process_count() > 1 and metrics:
             # A process that has none of the step's last block hears of its end, and so can't
             # run ahead of those that have.
-            done = (metrics, announce(jax.tree.leaves(metrics[tasks[-1].block])[0]))
+            done = (metrics, announce(jax.tree.leaves(metrics[max(metrics)])[0]))
         in_flight.append(done)
         return state, metrics
 

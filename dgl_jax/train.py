@@ -88,7 +88,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     is_main = distributed.is_main()
     previous = distributed.agree(previous_run(config, workdir) if is_main else None)
     if previous and previous["summary"].get("finished"):
-        return previous["summary"]
+        return previous["summary"] if is_main else None
 
     # ---- Network, cuts, blocks: known before any data is on a device.
     data = config.data
@@ -264,7 +264,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
             step += 1
             for task in tasks:
                 if task.operation in (UPDATE, BACKWARD, APPLY) and task.block in step_metrics:
-                    step_metrics[task.block]["updates"] = task.turn + 1
+                    # A new dict: stand-ins are the same ones in every step.
+                    step_metrics[task.block] = step_metrics[task.block] | {"updates": task.turn + 1}
             log.append(step, step_metrics)
             if clock is None or metrics.compile_seconds() > compiled:
                 # A step that compiles is not timed; sequential has one for every block.

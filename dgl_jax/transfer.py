@@ -28,17 +28,20 @@ def stand_in(shape: Sequence[int], dtype: Any, sharding: Sharding) -> jax.Array:
 def move(x: jax.Array, sharding: Sharding) -> jax.Array:
     """The same array on the devices of ``sharding``. Returns without waiting for a device.
 
-    Every process that has devices of either side must call this, in the same order as its other
-    calls; others may. Between processes the receiver waits until the sender has called it too.
+    All processes must call this, in the same order as their other calls: also those that have
+    devices of neither side, as transfers between processes are matched by counting them. The
+    receiver's call waits until the sender has called it too.
 
     Args:
       x: any array, or the stand-in for one; activations [B, ...] are split over a block's devices
-        by the batch.
+        by the batch. A numpy array is one that every process has.
       sharding: where it goes; its devices may be other ones, and more or fewer.
 
     Returns:
       The array; its stand-in where no device of ``sharding`` is this process's.
     """
+    if not isinstance(x, jax.Array):
+        return place(x, sharding)
     is_here = x.sharding.is_fully_addressable and sharding.is_fully_addressable
     if is_here and len(x.sharding.device_set) in (1, len(sharding.device_set)):
         return jax.device_put(x, sharding)
@@ -111,10 +114,10 @@ def fetch(tree: Any) -> Any:
             scalars.setdefault((leaf.sharding, leaf.dtype), []).append(place_in_tree)
     values = list(leaves)
     for (sharding, dtype), places in scalars.items():
-        if is_local(sharding):
-            packed = _stack([leaves[index].addressable_data(0) for index in places])
+        device = min(sharding.device_set, key=lambda device: device.id)
+        if device.process_index == jax.process_index():
+            packed = _stack([_shard_on(device, leaves[index]) for index in places])
         else:
-            device = min(sharding.device_set, key=lambda device: device.id)
             packed = stand_in((len(places),), dtype, SingleDeviceSharding(device))
         for index, value in zip(places, _to_first(packed, first_device), strict=True):
             values[index] = np.asarray(value)
@@ -126,7 +129,13 @@ def fetch(tree: Any) -> Any:
 
 def _to_first(x: jax.Array, first_device: Sharding) -> Any:
     moved = move(x, first_device)
-    return jax.device_get(moved) if is_local(first_device) else np.zeros(x.shape, x.dtype)
+    # Elsewhere one zero in the array's shape.
+    nothing = np.broadcast_to(np.zeros((), x.dtype), x.shape)
+    return jax.device_get(moved) if is_local(first_device) else nothing
+
+
+def _shard_on(device: jax.Device, x: jax.Array) -> jax.Array:
+    return next(shard.data for shard in x.addressable_shards if shard.device == device)
 
 
 @jax.jit
@@ -171,12 +180,15 @@ def _send(
     dtype: Any,
     device: jax.Device,
 ) -> jax.Array | None:
-    """Some rows of what a device has, on another; None where this process has neither."""
-    process = jax.process_index()
+    """Some rows of what a device has, on another; None within another process.
+
+    Where the devices are of two processes every process calls `device_put`: each numbers the
+    transfers that it sees, and sender and receiver must come to the same number.
+    """
     if source in local_data:
         piece = _slice_rows(local_data[source], *rows)
-    elif device.process_index == process:
-        piece = stand_in(shape, dtype, SingleDeviceSharding(source))
-    else:
+    elif source.process_index == device.process_index:
         return None
+    else:
+        piece = stand_in(shape, dtype, SingleDeviceSharding(source))
     return jax.device_put(piece, SingleDeviceSharding(device))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dgl_jax.tables import search_step_table
+from dgl_jax.tables import parallel_table, search_step_table
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -32,6 +32,27 @@ def test_the_table_of_search_steps():
         "unrolled", "off", "5.0", *["-"] * 5, "1024", "1", "-", "out of memory"
     ]  # fmt: skip
     assert cells[2] == ["first_order", "off", *["-"] * 9, "ran past 1 s"]
+
+
+def test_the_table_of_parallel_runs():
+    row = lambda method, num_devices, num_cores, seconds: {
+        "method": method, "num_devices": num_devices, "num_cores": num_cores,
+        "step_seconds": seconds, "block_seconds": [],
+    }  # fmt: skip
+    blocks = row("blocks", 1, 1, []) | {"block_seconds": [[0.05, 0.06], [0.1, 0.03]]}
+    rows = [blocks, row("backprop", 1, 1, [0.12, 0.12]), row("backprop", 0, 2, [0.08, 0.08])]
+    rows += [row("dgl", 2, 2, [0.06, 0.1]), row("data_parallel", 2, 2, [0.06, 0.06])]
+    table, last = parallel_table({"rows": rows}).split("\n\n")
+    _, _, *lines = table.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells == [
+        ["backprop", "1", "1", "120.0 (120.0 to 120.0)", "1.00 (1.00 to 1.00)", ""],
+        ["backprop", "2", "all threads", "80.0 (80.0 to 80.0)", "1.50 (1.50 to 1.50)", ""],
+        # Round by round: each step takes as long as that round's slowest block.
+        ["dgl", "2", "2", "80.0 (60.0 to 100.0)", "1.60 (1.20 to 2.00)", "100 %"],
+        ["data_parallel", "2", "2", "60.0 (60.0 to 60.0)", "2.00 (2.00 to 2.00)", ""],
+    ]
+    assert "75.0, 45.0 ms; ideal speed-up over backprop 1.60" in last
 
 
 def _benchmark(*arguments):
@@ -67,11 +88,42 @@ def test_one_variant_of_the_search_step(tmp_path):
 
 
 @pytest.mark.slow
+def test_blocks_in_parallel(tmp_path):
+    small = ("--network=cnn4", "--width_factor=0.0625", "--batch_size=8", "--image_size=16")
+    small += ("--num_blocks=2", "--rounds=2", "--steps=3", "--num_microbatches=2", "--head=pred")
+    result = _benchmark("parallel", *small, f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "parallel.json").read_text())
+    assert content["num_blocks"] == 2 and len(content["cuts"]) == 1
+    blocks, *rows = content["rows"]
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in blocks["block_seconds"])
+    assert [(row["method"], row["num_devices"], row["num_cores"]) for row in rows] == [
+        ("backprop", 1, 1), ("dgl", 1, 1), ("backprop", 0, 2), ("dgl", 2, 2), ("ddg", 2, 2),
+        ("pipeline_backprop:gpipe", 2, 2), ("pipeline_backprop:1f1b", 2, 2),
+        ("data_parallel", 2, 2),
+    ]  # fmt: skip
+    assert all(len(row["step_seconds"]) == 2 and min(row["step_seconds"]) > 0 for row in rows)
+    assert parallel_table(content) in (tmp_path / "parallel.md").read_text()
+
+
+@pytest.mark.slow
+def test_what_the_host_spends_on_a_step(tmp_path):
+    result = _benchmark("dispatch", "--rounds=2", f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "dispatch.json").read_text())["rows"]
+    assert [row["num_blocks"] for row in rows] == [1, 2, 4, 8]
+    assert all(len(row["step_seconds"]) == 2 and min(row["step_seconds"]) > 0 for row in rows)
+    assert (tmp_path / "dispatch.md").read_text().count("\n| ") == 4
+
+
+@pytest.mark.slow
 def test_mistakes(tmp_path):
     for arguments, message in (
         (("nothing_known",), "give one of search_step"),
         (("search_step",), "--out is missing"),
         (("search_step", f"--out={tmp_path}", "--estimators=x"), "--estimators=x is unknown"),
+        (("parallel", f"--out={tmp_path}", "--methods=x"), "--methods=x is unknown"),
+        (("parallel", f"--out={tmp_path}", "--num_blocks=999"), "--num_blocks=999 must not"),
     ):
         result = _benchmark(*arguments)
         assert result.returncode == 2 and message in result.stderr

@@ -2,8 +2,12 @@
 
 import contextlib
 import logging
+import os
+import pathlib
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,12 +16,12 @@ from dgl_jax.config import Config, LossConfig, OptimizerConfig, PlacementConfig
 from dgl_jax.errors import UserError
 from dgl_jax.losses import cross_entropy, make_loss_fn
 from dgl_jax.methods import METHODS
-from dgl_jax.models.network import apply_module
+from dgl_jax.models.network import Network, apply_module
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import bound_in_flight, init_states, steps_in_flight
 from dgl_jax.placement import make_placements
 from dgl_jax.transfer import move
-from dgl_jax.types import TrainState
+from dgl_jax.types import Batch, TrainState
 
 _OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="constant")
 
@@ -250,3 +254,72 @@ def test_devices_that_can_not_be_dealt(devices_per_block, message):
 def test_too_few_devices():
     with pytest.raises(ValueError, match=r"num_devices=9 exceeds the 8 cpu device\(s\) at hand"):
         make_placements(PlacementConfig(kind="pipelined", num_devices=9), 2)
+
+
+class _Spread(nn.Module):
+    """[B, C] to [B, C, 128]: little work, much to hand on."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x[:, :, None] * self.param("scale", nn.initializers.normal(), (128,))[None, None]
+
+
+class _Work(nn.Module):
+    """[B, C, 128] to [B, 1024]: much work."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.mean(x, axis=2)
+        for _ in range(3):
+            x = nn.relu(nn.Dense(1024)(x))
+        return x
+
+
+class _MeanHead(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(x.reshape(x.shape[0], x.shape[1], -1).mean(axis=2))
+
+
+def _resident_bytes():
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_when_the_first_block_is_much_faster(monkeypatch):
+    """As many activations wait as the bound lets, over 500 steps; without it, many more."""
+    network = Network("uneven", (_Spread(), _Work()), _MeanHead())
+    loss_fn = make_loss_fn(LossConfig())
+    blocks = METHODS["dgl"].make_blocks(network, (0,), _MeanHead(), loss_fn)
+    images, labels = np.zeros((64, 128), np.float32), np.zeros(64, np.int32)
+    activation_bytes = 64 * 128 * 128 * 4
+
+    def growth(max_steps_in_flight, num_steps):
+        """How far above its start the process's memory was, step by step."""
+        placement = PlacementConfig(
+            kind="pipelined", num_devices=2, max_steps_in_flight=max_steps_in_flight
+        )
+        placements = make_placements(placement, 2)
+        optimizer, key = make_optimizer(_OPTIMIZER, 500, 500), jax.random.key(0)
+        states = init_states(blocks, optimizer, key, (128,), placements)
+        runner = METHODS["dgl"].make_runner(
+            Config(placement=placement), blocks, optimizer, key, placements
+        )
+        batch = Batch(*jax.device_put((images, labels), placements[0].batch))
+        state, sizes = TrainState(states), []
+        tasks = METHODS["dgl"].make_schedule(Config(), 2, num_steps, num_steps).tasks(0)
+        for step, step_tasks in enumerate(tasks):
+            state, _ = runner.step(state, step_tasks, lambda step: batch)
+            if step == 0:
+                jax.block_until_ready(state)  # Compiled, and everything has its place.
+            sizes.append(_resident_bytes())
+        jax.block_until_ready(state)
+        return np.array(sizes) - sizes[0]
+
+    bounded = growth(max_steps_in_flight=4, num_steps=500)
+    # Five steps under way, each with an activation at both ends of its way, and some noise.
+    room = (5 * 2 + 4) * activation_bytes
+    assert bounded.max() < room
+    assert bounded[250:].max() < bounded[:250].max() + 2 * activation_bytes
+    assert growth(max_steps_in_flight=500, num_steps=100).max() > room
