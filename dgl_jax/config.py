@@ -232,7 +232,8 @@ class Config:
     """A training run."""
 
     seed: int = 0
-    # When each block's program ran, for some steps: timeline.png, trace.json, busy fractions.
+    # When each block's program ran, for some steps: timeline.png, trace.json, busy fractions. No
+    # program of the run donates its inputs then: it takes more memory.
     trace: bool = False
     # jax.profiler's trace of the same steps, in profile/; blocks are named in it.
     profile: bool = False
@@ -337,6 +338,7 @@ _METHODS = (
 ONE_BLOCK_METHODS = ("backprop", "data_parallel")
 # Those whose blocks have auxiliary heads and local losses.
 LOCAL_METHODS = ("dgl", "sequential", "async_dgl", "async_dgl_parallel")
+_NOT_TRACED = ("async_dgl", "async_dgl_parallel", "dni", "cdni")
 _LOSSES = ("cross_entropy", "pred", "sim", "predsim")
 
 _CHOICES = {
@@ -733,6 +735,11 @@ def _check_together(config: Config) -> None:
     _check_search(config.partition)
     _check_method(config)
     _check_auxiliary(config)
+    if config.trace and config.method.name in _NOT_TRACED:
+        raise UserError(
+            f"config.trace=True is not for config.method.name={config.method.name}; leave it out, "
+            "or set config.profile=True instead"
+        )
     train, partition, placement = config.train, config.partition, config.placement
     if (train.num_steps > 0) == (train.num_epochs > 0):
         raise UserError(

@@ -164,7 +164,6 @@ def block_step_seconds(
     for block, work, state, placement in zip(blocks, works, states, placements, strict=True):
         x, labels = move(x, placement.batch), place(batch.labels, placement.batch)
         key = place(jax.random.key(0), placement.state)
-        feed = block_program(make_block_feed(block), placement, placement.batch)
         if is_local(placement.state):
             run = jax.jit(work)
             median = _median_seconds(lambda: run(state, x, labels, key), repeats)  # noqa: B023
@@ -172,7 +171,8 @@ def block_step_seconds(
             seconds.append(place(np.float32(median), placement.state))
         else:
             seconds.append(stand_in((), np.float32, placement.state))
-        x = feed(state, x)
+        if block is not blocks[-1]:
+            x = block_program(make_block_feed(block), placement, placement.batch)(state, x)
     seconds = fetch(seconds)
     return None if seconds is None else [float(value) for value in seconds]
 

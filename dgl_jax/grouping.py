@@ -61,7 +61,8 @@ def choose_cuts_heads_and_devices(
       num_classes: of the data.
       image_shape: the shape of one example.
       resolved: what an earlier run of the same folder came to. Its cuts and heads are kept:
-        measured costs may differ by now, and a search's file be gone. Devices are dealt anew.
+        measured costs may differ by now, and a search's file be gone. So is how devices were
+        dealt, where there are as many as there were.
 
     Returns:
       The cuts and the names of heads as `choose_cuts_and_heads`, and the number of devices of
@@ -86,6 +87,8 @@ def choose_cuts_heads_and_devices(
         )
         return cuts, (config.auxiliary.name,) * len(cuts), devices
     cuts, names = _cuts_and_heads(config, network, num_classes, image_shape, resolved)
+    if resolved and resolved.get("num_devices") == num_devices:
+        return cuts, names, tuple(resolved["devices_per_block"])
     block_costs = _block_costs(config, network, cuts, names, num_classes, image_shape)
     return cuts, names, deal_devices(block_costs, num_devices, allowed)
 

@@ -223,18 +223,20 @@ def parallel_table(content: Mapping[str, Any]) -> str:
 
     Args:
       content: parallel.json: ``rows`` of ``method``, ``num_devices`` (0: one device with all
-        threads), ``num_cores``, and of each round ``step_seconds``, or of the row "blocks" the
-        ``block_seconds`` of each block alone.
+        threads), ``num_cores``, and of each round ``step_seconds``, or of the rows "blocks:dgl"
+        and "blocks:ddg" the ``block_seconds`` of each block alone, with auxiliary heads and
+        without.
 
     Returns:
       A Markdown table and a line: speed-ups over backprop on one core, round by round, and the
-      share of the ideal: that time over the slowest block's.
+      share of the ideal: that time over the slowest block's, of blocks as the method has them.
     """
-    by_variant = {(row["method"], row["num_devices"]): row for row in content["rows"]}
-    baseline = by_variant["backprop", 1]["step_seconds"]
-    blocks = by_variant["blocks", 1]["block_seconds"]
-    slowest = [max(seconds) for seconds in blocks]
-    ideal = statistics.median(b / s for b, s in zip(baseline, slowest, strict=True))
+    by_variant = {
+        (row["method"], row["num_devices"], row["num_cores"]): row for row in content["rows"]
+    }
+    baseline = by_variant["backprop", 1, 1]["step_seconds"]
+    alone = {name: by_variant[f"blocks:{name}", 1, 1]["block_seconds"] for name in ("dgl", "ddg")}
+    slowest = {name: [max(seconds) for seconds in rounds] for name, rounds in alone.items()}
 
     def spread(values: Sequence[float], form: str) -> str:
         low, high = (format(value, form) for value in (min(values), max(values)))
@@ -248,7 +250,8 @@ def parallel_table(content: Mapping[str, Any]) -> str:
         where = "all threads" if row["num_devices"] == 0 else f"{row['num_devices']}"
         speed_ups = [b / s for b, s in zip(baseline, seconds, strict=True)]
         is_cut = row["num_devices"] > 1 and row["method"] != "data_parallel"
-        shares = [slow / s for slow, s in zip(slowest, seconds, strict=True)]
+        blocks = slowest["dgl" if row["method"] == "dgl" else "ddg"]
+        shares = [slow / s for slow, s in zip(blocks, seconds, strict=True)]
         cells.append(
             [
                 row["method"],
@@ -260,13 +263,17 @@ def parallel_table(content: Mapping[str, Any]) -> str:
             ]
         )
     header = ["method", "cores", "devices", "step, ms (least to most)"]
-    header += ["speed-up over backprop on one core", "of the ideal"]
-    alone = [1000 * statistics.median(times) for times in zip(*blocks, strict=True)]
-    return (
-        f"{_markdown(header, cells)}\n\n"
-        f"Blocks alone on one core: {', '.join(f'{ms:.1f}' for ms in alone)} ms; "
-        f"ideal speed-up over backprop {ideal:.2f}."
-    )
+    header += ["speed-up over backprop on one core", "of its ideal"]
+    lines = []
+    for name, words in (("dgl", "with auxiliary heads"), ("ddg", "without")):
+        ideal = statistics.median(b / s for b, s in zip(baseline, slowest[name], strict=True))
+        times = [1000 * statistics.median(block) for block in zip(*alone[name], strict=True)]
+        times = ", ".join(f"{ms:.1f}" for ms in times)
+        lines.append(
+            f"Blocks {words}, alone on one core: {times} ms; ideal speed-up over backprop "
+            f"{ideal:.2f}."
+        )
+    return f"{_markdown(header, cells)}\n\n" + "\n".join(lines)
 
 
 def _percent(accuracy: Mapping[str, Any]) -> str:

@@ -78,6 +78,7 @@ class Recorder:
             start = time.time()  # Of the machine: processes compare theirs.
             jax.block_until_ready(outputs)
             self.spans.append(Span(device, block, step, operation, start, time.time()))
+            del run, args, outputs  # Or the last ones would stay until the end of the run.
 
 
 def start() -> Recorder:

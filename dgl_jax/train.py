@@ -1,5 +1,6 @@
 """A training run from beginning to end."""
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -153,7 +154,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     block_states = init_states(blocks, optimizer, key, image_shape, placements)
     # However they were asked for, a runner finds the updates of each block in train.num_steps.
     train_config = dataclasses.replace(config.train, num_steps=num_updates, num_epochs=0.0)
-    recorder = trace.start() if config.trace else None
+    recorder = trace.start() if config.trace else trace.stop()
     runner = method.make_runner(
         dataclasses.replace(config, train=train_config), blocks, optimizer, key, placements
     )
@@ -169,6 +170,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     resolved = {
         "cuts": list(cuts),
         "heads": list(head_names) if config.method.name in LOCAL_METHODS else [],
+        "devices_per_block": [len(where.devices) for where in placements],
+        "num_devices": config.placement.num_devices or len(jax.devices()),
         "num_steps": num_steps,
         "num_updates": num_updates,
         "steps_per_epoch": steps_per_epoch,
@@ -243,15 +246,16 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         stack.enter_context(checkpointer)
         stack.enter_context(jax.transfer_guard("disallow"))
         first_traced = step + trace.FIRST_STEP
+        last_traced = first_traced + trace.NUM_STEPS
         for tasks in schedule.tasks(step):
             if recorder or config.profile:
-                is_traced = first_traced <= step < first_traced + trace.NUM_STEPS
+                is_traced = first_traced <= step < last_traced
                 if recorder:
                     recorder.begin_step(step if is_traced else None)
                 if config.profile and step == first_traced:
                     jax.profiler.start_trace(os.path.join(workdir, "profile"))
                     stack.callback(_stop_profile)
-                if config.profile and step == first_traced + trace.NUM_STEPS:
+                if config.profile and step == last_traced:
                     _stop_profile()
             step_start, compiled = time.perf_counter(), metrics.compile_seconds()
             try:
@@ -286,6 +290,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
                 # Orbax keeps the best: all processes must say the same.
                 top1 = distributed.agree(results[splits[-1]]["top1"][-1] if results else None)
                 save(step, state, top1=top1)
+                if step > first_traced:  # A pause is nobody's idle time.
+                    last_traced = min(last_traced, step)
                 # Blocks that have no tasks but decide themselves have trained on meanwhile.
                 clock, clock_step = time.perf_counter() if tasks else now, step
         if not is_evaluated:  # The run had been killed after its last checkpoint.
@@ -356,7 +362,9 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         "method_memory_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.memory)),
         "block_step_seconds": step_seconds,
         "busy_fractions": busy,
-        **_speed_ups(step_seconds, record),
+        **_speed_ups(
+            step_seconds, placements, record["timed_steps"] * num_updates / num_steps, record
+        ),
         "params_sha256": _sha256(trained),
         "jax_version": jax.__version__,
         "device_kind": placements[0].devices[0].device_kind,
@@ -372,15 +380,25 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
 
 
 def _speed_ups(
-    step_seconds: Sequence[float] | None, record: dict[str, Any]
+    step_seconds: Sequence[float] | None,
+    placements: Sequence[placement.BlockPlacement],
+    timed_updates: float,
+    record: dict[str, Any],
 ) -> dict[str, float | None]:
-    """How much faster than all blocks' work on one device: at best, and as it was."""
-    if not (step_seconds and record["train_seconds"]):
+    """How much faster than all blocks' work on one device: at best, and as it was.
+
+    None where it is not known what one device would need: blocks have several each.
+    """
+    has_one_each = all(len(where.devices) == 1 for where in placements)
+    if not (step_seconds and record["train_seconds"] and has_one_each):
         return {"ideal_speed_up": None, "reached_speed_up": None}
+    by_device = collections.Counter()
+    for where, seconds in zip(placements, step_seconds, strict=True):
+        by_device[where.devices[0]] += seconds
     total = sum(step_seconds)
     return {
-        "ideal_speed_up": total / max(step_seconds),
-        "reached_speed_up": total * record["timed_steps"] / record["train_seconds"],
+        "ideal_speed_up": total / max(by_device.values()),
+        "reached_speed_up": total * timed_updates / record["train_seconds"],
     }
 
 

@@ -6,6 +6,7 @@ device. All are alive at once; in each round each of them in turn runs some step
 sleep, so that what slows the machine down slows all of them. Images are random.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,6 +29,7 @@ from absl import flags
 from dgl_jax import cost
 from dgl_jax.auxiliary import head_for_loss
 from dgl_jax.config import (
+    ONE_BLOCK_METHODS,
     Config,
     LossConfig,
     OptimizerConfig,
@@ -47,7 +49,7 @@ from dgl_jax.schedule import synchronous
 from dgl_jax.tables import parallel_table
 from dgl_jax.types import Batch, TrainState
 
-_NUM_BLOCKS = flags.DEFINE_integer("num_blocks", 2, "parallel: K, and so many cores.", 1)
+_NUM_BLOCKS = flags.DEFINE_integer("num_blocks", 2, "parallel: K, and so many cores.", 2)
 _METHODS = flags.DEFINE_list(
     "methods",
     ["dgl", "ddg", "pipeline_backprop:gpipe", "pipeline_backprop:1f1b", "data_parallel"],
@@ -70,8 +72,8 @@ class Variant:
     """What one process measures.
 
     Attributes:
-      method: of `METHODS`, with the pipeline's schedule after a colon; or "blocks": each block's
-        work alone.
+      method: of `METHODS`, with the pipeline's schedule after a colon; or "blocks:" and a method:
+        the work of each of its blocks alone.
       num_devices: devices of one thread each, one a core; 0: one device with all cores' threads.
       num_cores: that the process may use.
     """
@@ -93,13 +95,16 @@ def parallel(folder: pathlib.Path) -> list[str]:
     for method in _METHODS.value:
         if method.partition(":")[0] not in METHODS:
             raise UserError(f"--methods={method} is unknown; choose from {', '.join(METHODS)}")
-    variants = [Variant("backprop", 1, 1), Variant("dgl", 1, 1)]
-    if num_blocks > 1:
-        variants.append(Variant("backprop", 0, num_blocks))
-    variants += [Variant(method, num_blocks, num_blocks) for method in _METHODS.value]
+    # Blocks alone, with auxiliary heads and without; one core; one device that may use all cores,
+    # which shows what a device takes beyond its own; all cores' threads; then K devices.
+    alone = Variant("blocks:dgl", 1, 1)
+    variants = [Variant("blocks:ddg", 1, 1), Variant("backprop", 1, 1), Variant("dgl", 1, 1)]
+    variants += [Variant("backprop", 1, num_blocks), Variant("backprop", 0, num_blocks)]
+    variants += [
+        Variant(method, num_blocks, num_blocks) for method in dict.fromkeys(_METHODS.value)
+    ]
 
     # Blocks of equal time on one core; the first process decides, all take its cuts.
-    alone = Variant("blocks", 1, 1)
     workers = {alone: _start(folder, alone, None, cores)}
     cuts = _ask(workers[alone])["cuts"]
     workers |= {variant: _start(folder, variant, cuts, cores) for variant in variants}
@@ -143,7 +148,10 @@ def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
         f"{content['num_cpus']} CPUs, jax {content['jax']}, Python {content['python']}; every "
         "process pinned to the cores it is given, one a device of one thread. Medians of "
         f"{_ROUNDS.value} interleaved rounds of {_STEPS.value} steps, and their range. Ideal: "
-        "backprop's time on one core over that of the slowest block alone on one core."
+        "backprop's time on one core over that of the method's slowest block alone on one core; "
+        "cuts are those of equal time with DGL's heads. Pipelines: "
+        f"{_NUM_MICROBATCHES.value} microbatches. Data parallel: BatchNorm over the whole batch. "
+        "One device on several cores: what a device takes beyond its own core."
     )
     table = parallel_table(content)
     (folder / "parallel.md").write_text(
@@ -186,8 +194,9 @@ def _ask(worker: subprocess.Popen, question: str = "") -> dict[str, Any]:
       UserError: if it has ended instead.
     """
     if question:
-        worker.stdin.write(question + "\n")
-        worker.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # It has ended, and its output too.
+            worker.stdin.write(question + "\n")
+            worker.stdin.flush()
     line = worker.stdout.readline()
     if not line:
         raise UserError(f"a process has failed: {worker.args[-1]}; its log in --out says why")
@@ -197,7 +206,7 @@ def _ask(worker: subprocess.Popen, question: str = "") -> dict[str, Any]:
 def _config(variant: Variant, cuts: list[int] | None) -> Config:
     method, _, schedule = variant.method.partition(":")
     given = default_config()
-    given.method.name = "dgl" if method == "blocks" else method
+    given.method.name = schedule if method == "blocks" else method
     given.network.name = flags.FLAGS.network
     given.network.width_factor = flags.FLAGS.width_factor
     given.auxiliary.name = _HEAD.value
@@ -233,7 +242,7 @@ def _work(variant: Variant, cuts: list[int] | None) -> None:
     network = configured_network(config, _NUM_CLASSES)
     if cuts is None:
         cuts = choose_cuts(config, network, _NUM_CLASSES, image_shape)
-    is_cut = config.method.name not in ("backprop", "data_parallel")
+    is_cut = config.method.name not in ONE_BLOCK_METHODS
     own_cuts = tuple(cuts) if is_cut else ()
     classifiers = make_classifiers(config, (config.auxiliary.name,) * len(own_cuts), _NUM_CLASSES)
     heads = tuple(head_for_loss("cross_entropy", head, None) for head in classifiers)
@@ -250,7 +259,7 @@ def _work(variant: Variant, cuts: list[int] | None) -> None:
     batch = Batch(*jax.device_put((images, labels), placements[0].batch))
     tell = lambda **answer: print(json.dumps(answer), flush=True)
 
-    if variant.method == "blocks":
+    if variant.method.startswith("blocks:"):
         works = [method.make_block_work(config, block, optimizer) for block in blocks]
         measure = lambda: cost.block_step_seconds(blocks, works, states, batch, placements)
         tell(cuts=list(cuts))
@@ -269,7 +278,7 @@ def _work(variant: Variant, cuts: list[int] | None) -> None:
             state, metrics = runner.step(state, next(tasks), lambda step: batch)
         return metrics
 
-    warm_up = 2 * len(blocks)
+    more = 2 * len(blocks) + config.placement.max_steps_in_flight  # Fill the pipeline.
 
     def seconds_per_step():
         """From the end of one step to that of a later one: the pipeline is full at both."""
@@ -279,14 +288,17 @@ def _work(variant: Variant, cuts: list[int] | None) -> None:
             jax.block_until_ready(metrics)
             ends.append(time.perf_counter())
 
-        waiting = threading.Thread(target=note_end, args=(steps(warm_up),))
-        waiting.start()
-        note_end(steps(_STEPS.value))
-        waiting.join()
+        waiting = []
+        for number in (more, _STEPS.value):
+            waiting.append(threading.Thread(target=note_end, args=(steps(number),)))
+            waiting[-1].start()
+        steps(more)
+        for thread in waiting:
+            thread.join()
         jax.block_until_ready(state)
         return (max(ends) - min(ends)) / _STEPS.value
 
-    jax.block_until_ready(steps(warm_up))
+    jax.block_until_ready(steps(more))
     tell(cuts=list(cuts))
     for _ in sys.stdin:
         tell(step_seconds=seconds_per_step())
@@ -296,7 +308,8 @@ def dispatch(folder: pathlib.Path) -> list[str]:
     """What the host spends on each step and block, with blocks that compute next to nothing.
 
     A step's time is the host's where devices have less to do than it has: dispatching, moving
-    activations and labels, waiting for the oldest step.
+    activations and labels, waiting for the oldest step. On CPUs the devices' own threads share
+    the host's cores: it is an upper bound.
     """
     most = max(_DISPATCH_BLOCKS)
     jax.config.update("jax_num_cpu_devices", most)

@@ -70,6 +70,9 @@ def test_devices_are_dealt_for_every_way_to_cut():
     fields = {"partition__strategy": "balanced", "partition__num_blocks": 2}
     cuts, names, devices = _choose(resolved, **fields, placement__num_devices=2)
     assert (cuts, names, devices) == ((0,), ("pred",), (1, 1))
+    dealt = resolved | {"devices_per_block": (1, 3), "num_devices": 4}
+    assert _choose(dealt, **fields, placement__num_devices=4)[2] == (1, 3)
+    assert _choose(dealt, **fields, placement__num_devices=2)[2] == (1, 1)
     by_hand = {"placement__auto": False, "placement__devices_per_block": (1, 2)}
     assert _choose(resolved, **fields, **by_hand) == ((0,), ("pred",), ())
 

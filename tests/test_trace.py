@@ -76,6 +76,7 @@ def test_a_traced_run_computes_what_it_would_have_computed(tmp_path, arrays_path
             *("--config.data.crop_padding=1", "--config.network.width_factor=0.0625"),
             *("--config.train.batch_size=24", "--config.eval.batch_size=50"),
             *("--config.train.num_epochs=0", "--config.train.num_steps=70"),
+            *("--config.eval.every_epochs=9.0", "--config.checkpoint.every_steps=70"),
             *("--config.partition.strategy=uniform", "--config.partition.num_blocks=2"),
             *("--config.placement.kind=pipelined", "--config.placement.num_devices=2"),
             f"--config.trace={is_traced}", f"--config.profile={is_traced}",
