@@ -100,6 +100,19 @@ def initialize_from_cluster(heartbeat_timeout_s: int = 60) -> None:
     _num_processes = jax.process_count()
 
 
+def free_port() -> int:
+    """One of this machine for a coordinator: it is free now, and so is the next."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("", port + 1))
+                return port
+            except OSError:
+                continue
+
+
 def num_processes() -> int:
     """The number of processes, without touching a device."""
     return _num_processes

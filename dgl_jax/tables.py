@@ -222,17 +222,17 @@ def parallel_table(content: Mapping[str, Any]) -> str:
     """The variants of `experiments/benchmark.py parallel`, one a row.
 
     Args:
-      content: parallel.json: ``rows`` of ``method``, ``num_devices`` (0: one device with all
-        threads), ``num_cores``, and of each round ``step_seconds``, or of the rows "blocks:dgl"
-        and "blocks:ddg" the ``block_seconds`` of each block alone, with auxiliary heads and
-        without.
+      content: parallel.json: ``num_blocks`` and ``rows`` of ``method``, ``num_devices`` (0: one
+        device with K cores' threads), ``num_processes``, and of each round ``step_seconds``, or
+        of the rows "blocks:dgl" and "blocks:ddg" the ``block_seconds`` of each block alone, with
+        auxiliary heads and without.
 
     Returns:
       A Markdown table and a line: speed-ups over backprop on one core, round by round, and the
       share of the ideal: that time over the slowest block's, of blocks as the method has them.
     """
     by_variant = {
-        (row["method"], row["num_devices"], row["num_cores"]): row for row in content["rows"]
+        (row["method"], row["num_devices"], row["num_processes"]): row for row in content["rows"]
     }
     baseline = by_variant["backprop", 1, 1]["step_seconds"]
     alone = {name: by_variant[f"blocks:{name}", 1, 1]["block_seconds"] for name in ("dgl", "ddg")}
@@ -247,7 +247,7 @@ def parallel_table(content: Mapping[str, Any]) -> str:
         seconds = row["step_seconds"]
         if not seconds:
             continue
-        where = "all threads" if row["num_devices"] == 0 else f"{row['num_devices']}"
+        where = "1, all threads" if row["num_devices"] == 0 else f"{row['num_devices']}"
         speed_ups = [b / s for b, s in zip(baseline, seconds, strict=True)]
         is_cut = row["num_devices"] > 1 and row["method"] != "data_parallel"
         blocks = slowest["dgl" if row["method"] == "dgl" else "ddg"]
@@ -255,14 +255,15 @@ def parallel_table(content: Mapping[str, Any]) -> str:
         cells.append(
             [
                 row["method"],
-                str(row["num_cores"]),
+                str(row["num_devices"] or content["num_blocks"]),
                 where,
+                str(row["num_processes"]),
                 spread([1000 * s for s in seconds], ".1f"),
                 spread(speed_ups, ".2f"),
                 f"{100 * statistics.median(shares):.0f} %" if is_cut else "",
             ]
         )
-    header = ["method", "cores", "devices", "step, ms (least to most)"]
+    header = ["method", "cores", "devices", "processes", "step, ms (least to most)"]
     header += ["speed-up over backprop on one core", "of its ideal"]
     lines = []
     for name, words in (("dgl", "with auxiliary heads"), ("ddg", "without")):

@@ -10,12 +10,13 @@ the exit code of the first that failed.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 
 from absl import app, flags
+
+from dgl_jax.distributed import free_port
 
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.", lower_bound=1)
 _GRACE_S = 10
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
         )
     if not os.path.isfile(script[0]):
         _fail(f"{script[0]} is not a file; give a Python script after --")
-    coordinator = f"localhost:{_free_ports()}"
+    coordinator = f"localhost:{free_port()}"
     processes = [
         subprocess.Popen(
             [
@@ -91,19 +92,6 @@ def _end(processes: list[subprocess.Popen]) -> None:
                 process.wait(timeout=_GRACE_S)
             except subprocess.TimeoutExpired:
                 pass
-
-
-def _free_ports() -> int:
-    """A port that is free, with its neighbour."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("", port + 1))
-                return port
-            except OSError:
-                continue
 
 
 def _fail(message: str) -> None:

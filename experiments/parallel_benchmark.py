@@ -1,9 +1,10 @@
 """`benchmark.py parallel`: how much faster blocks on K devices are, beside what one would do instead;
 and `benchmark.py dispatch`: the host's part of a step.
 
-Every variant is a process of its own, pinned to just the cores that it is given, one core a
-device. All are alive at once; in each round each of them in turn runs some steps while the others
-sleep, so that what slows the machine down slows all of them. Images are random.
+A device is one process, pinned to one core: within a process XLA runs the programs of a CPU device
+on the threads of others too. All variants are alive at once; in each round each of them in turn
+runs some steps while the others sleep, so that what slows the machine down slows all of them.
+Images are random.
 """
 
 import contextlib
@@ -26,8 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from dgl_jax import cost
+from dgl_jax import distributed
 from dgl_jax.auxiliary import head_for_loss
+from dgl_jax.block import make_block_feed
 from dgl_jax.config import (
     ONE_BLOCK_METHODS,
     Config,
@@ -47,6 +49,7 @@ from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements, request_cpu_devices
 from dgl_jax.schedule import synchronous
 from dgl_jax.tables import parallel_table
+from dgl_jax.transfer import place
 from dgl_jax.types import Batch, TrainState
 
 _NUM_BLOCKS = flags.DEFINE_integer("num_blocks", 2, "parallel: K, and so many cores.", 2)
@@ -59,7 +62,6 @@ _NUM_MICROBATCHES = flags.DEFINE_integer("num_microbatches", 4, "parallel: of th
 _HEAD = flags.DEFINE_string("head", "mlp_sr", "parallel: the auxiliary head.")
 _STEPS = flags.DEFINE_integer("steps", 20, "parallel: timed steps of each round.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "parallel: rounds.", lower_bound=1)
-# For its own use: a method or "blocks", its devices, its cores, its cuts.
 _WORKER = flags.DEFINE_string("worker", None, "For its own use.")
 
 _NUM_CLASSES = 10
@@ -69,45 +71,44 @@ _DISPATCH_STEPS = 500
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What one process measures.
+    """What is measured.
 
     Attributes:
       method: of `METHODS`, with the pipeline's schedule after a colon; or "blocks:" and a method:
         the work of each of its blocks alone.
-      num_devices: devices of one thread each, one a core; 0: one device with all cores' threads.
-      num_cores: that the process may use.
+      num_devices: devices, each with a core; 0: one device with the threads of K cores.
+      num_processes: in which they are; one, or one a device.
     """
 
     method: str
-    num_devices: int
-    num_cores: int
+    num_devices: int = 1
+    num_processes: int = 1
 
 
 def parallel(folder: pathlib.Path) -> list[str]:
     """Measures all variants; returns what failed: nothing, or it raises."""
     if _WORKER.value:
-        _work(Variant(**json.loads(_WORKER.value)["variant"]), json.loads(_WORKER.value)["cuts"])
+        given = json.loads(_WORKER.value)
+        _work(Variant(**given["variant"]), given["cuts"], given["coordinator"], given["process_id"])
         return []
-    cores = sorted(os.sched_getaffinity(0))
-    num_blocks = _NUM_BLOCKS.value
-    if num_blocks > len(cores):
-        raise UserError(f"--num_blocks={num_blocks} must not exceed the {len(cores)} cores at hand")
+    num_cores, num_blocks = len(os.sched_getaffinity(0)), _NUM_BLOCKS.value
+    if num_blocks > num_cores:
+        raise UserError(f"--num_blocks={num_blocks} must not exceed the {num_cores} cores at hand")
     for method in _METHODS.value:
         if method.partition(":")[0] not in METHODS:
             raise UserError(f"--methods={method} is unknown; choose from {', '.join(METHODS)}")
-    # Blocks alone, with auxiliary heads and without; one core; one device that may use all cores,
-    # which shows what a device takes beyond its own; all cores' threads; then K devices.
-    alone = Variant("blocks:dgl", 1, 1)
-    variants = [Variant("blocks:ddg", 1, 1), Variant("backprop", 1, 1), Variant("dgl", 1, 1)]
-    variants += [Variant("backprop", 1, num_blocks), Variant("backprop", 0, num_blocks)]
+
+    # Blocks of equal time on one core; the first process decides, all take its cuts.
+    alone = Variant("blocks:dgl")
+    workers = {alone: _start(folder, alone, None)}
+    chosen = _ask(workers[alone])
+    cuts = chosen["cuts"]
+    variants = [Variant("blocks:ddg"), Variant("backprop"), Variant("dgl"), Variant("backprop", 0)]
+    variants.append(Variant("dgl", num_blocks))
     variants += [
         Variant(method, num_blocks, num_blocks) for method in dict.fromkeys(_METHODS.value)
     ]
-
-    # Blocks of equal time on one core; the first process decides, all take its cuts.
-    workers = {alone: _start(folder, alone, None, cores)}
-    cuts = _ask(workers[alone])["cuts"]
-    workers |= {variant: _start(folder, variant, cuts, cores) for variant in variants}
+    workers |= {variant: _start(folder, variant, cuts) for variant in variants}
     for variant in variants:
         _ask(workers[variant])  # Ready: compiled and warm.
     rows = [
@@ -115,12 +116,14 @@ def parallel(folder: pathlib.Path) -> list[str]:
         for variant in workers
     ]
     for _ in range(_ROUNDS.value):
-        for worker, row in zip(workers.values(), rows, strict=True):
-            for name, value in _ask(worker, "go").items():
+        for processes, row in zip(workers.values(), rows, strict=True):
+            for name, value in _ask(processes, "go").items():
                 row[name].append(value)
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
+    for processes in workers.values():
+        for process in processes:
+            process.stdin.close()
+        for process in processes:
+            process.wait()
     content = {
         "network": flags.FLAGS.network,
         "width_factor": flags.FLAGS.width_factor,
@@ -128,7 +131,7 @@ def parallel(folder: pathlib.Path) -> list[str]:
         "image_size": flags.FLAGS.image_size,
         "head": _HEAD.value,
         "num_blocks": num_blocks,
-        "cuts": cuts,
+        **chosen,
         "num_microbatches": _NUM_MICROBATCHES.value,
         "rows": rows,
     }
@@ -146,12 +149,11 @@ def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
     )
     notes = (
         f"{content['num_cpus']} CPUs, jax {content['jax']}, Python {content['python']}; every "
-        "process pinned to the cores it is given, one a device of one thread. Medians of "
+        "process pinned to the cores it is given. Medians of "
         f"{_ROUNDS.value} interleaved rounds of {_STEPS.value} steps, and their range. Ideal: "
         "backprop's time on one core over that of the method's slowest block alone on one core; "
         "cuts are those of equal time with DGL's heads. Pipelines: "
-        f"{_NUM_MICROBATCHES.value} microbatches. Data parallel: BatchNorm over the whole batch. "
-        "One device on several cores: what a device takes beyond its own core."
+        f"{_NUM_MICROBATCHES.value} microbatches. Data parallel: BatchNorm over the whole batch."
     )
     table = parallel_table(content)
     (folder / "parallel.md").write_text(
@@ -161,45 +163,58 @@ def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def _start(
-    folder: pathlib.Path, variant: Variant, cuts: list[int] | None, cores: list[int]
-) -> subprocess.Popen:
-    """A process that measures a variant whenever it is asked to."""
+    folder: pathlib.Path, variant: Variant, cuts: list[int] | None
+) -> list[subprocess.Popen]:
+    """Processes that measure a variant whenever they are asked to."""
     threads = "true" if variant.num_devices == 0 else "false"
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen={threads}",
         "JAX_PLATFORMS": "cpu",
     }
     (folder / "parallel").mkdir(exist_ok=True)
-    name = f"{variant.method.replace(':', '_')}_{variant.num_devices}_{variant.num_cores}.log"
-    with open(folder / "parallel" / name, "w") as log:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, *sys.argv),
-                "--worker=" + json.dumps({"variant": dataclasses.asdict(variant), "cuts": cuts}),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-        )
-    os.sched_setaffinity(process.pid, cores[: variant.num_cores])
-    return process
+    name = f"{variant.method.replace(':', '_')}_{variant.num_devices}_{variant.num_processes}"
+    cores = sorted(os.sched_getaffinity(0))
+    num_cores = variant.num_devices // variant.num_processes or _NUM_BLOCKS.value
+    coordinator, processes = f"localhost:{distributed.free_port()}", []
+    for process_id in range(variant.num_processes):
+        given = {
+            "variant": dataclasses.asdict(variant),
+            "cuts": cuts,
+            "coordinator": coordinator,
+            "process_id": process_id,
+        }
+        with open(folder / "parallel" / f"{name}_{process_id}.log", "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, *sys.argv, f"--worker={json.dumps(given)}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+            )
+        first_core = process_id * num_cores
+        os.sched_setaffinity(process.pid, cores[first_core : first_core + num_cores])
+        processes.append(process)
+    return processes
 
 
-def _ask(worker: subprocess.Popen, question: str = "") -> dict[str, Any]:
-    """The worker's next line, after a question if there is one.
+def _ask(processes: list[subprocess.Popen], question: str = "") -> dict[str, Any]:
+    """What the last of them answers, the one with the last block; all are asked, if at all.
 
     Raises:
-      UserError: if it has ended instead.
+      UserError: if one has ended instead.
     """
     if question:
-        with contextlib.suppress(BrokenPipeError):  # It has ended, and its output too.
-            worker.stdin.write(question + "\n")
-            worker.stdin.flush()
-    line = worker.stdout.readline()
-    if not line:
-        raise UserError(f"a process has failed: {worker.args[-1]}; its log in --out says why")
+        for process in processes:
+            with contextlib.suppress(BrokenPipeError):  # It has ended, and its output too.
+                process.stdin.write(question + "\n")
+                process.stdin.flush()
+    for process in processes:
+        while line := process.stdout.readline():
+            if line.startswith("{"):  # Gloo says a word too.
+                break
+        if not line:
+            raise UserError(f"a process has failed: {process.args[-1]}; its log in --out says why")
     return json.loads(line)
 
 
@@ -233,10 +248,13 @@ def _config(variant: Variant, cuts: list[int] | None) -> Config:
     return from_dict(given.to_dict())
 
 
-def _work(variant: Variant, cuts: list[int] | None) -> None:
+def _work(variant: Variant, cuts: list[int] | None, coordinator: str, process_id: int) -> None:
     """What a process does: sets up, says what its cuts are, and measures when it is told to."""
     config = _config(variant, cuts)
-    request_cpu_devices(config.placement)
+    if variant.num_processes > 1:
+        distributed.initialize(coordinator, variant.num_processes, process_id, 600)
+    else:
+        request_cpu_devices(config.placement)
     size, batch_size = flags.FLAGS.image_size, config.train.batch_size
     image_shape = (size, size, 3)
     network = configured_network(config, _NUM_CLASSES)
@@ -253,18 +271,32 @@ def _work(variant: Variant, cuts: list[int] | None) -> None:
     optimizer = make_optimizer(config.optimizer, 10**6, 10**6)
     key = jax.random.key(0)
     states = init_states(blocks, optimizer, key, image_shape, placements)
-    images_key, labels_key = jax.random.split(key)
-    labels = jax.random.randint(labels_key, (batch_size,), 0, _NUM_CLASSES)
-    images = jax.random.normal(images_key, (batch_size, *image_shape))
-    batch = Batch(*jax.device_put((images, labels), placements[0].batch))
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((batch_size, *image_shape), np.float32)
+    labels = jax.device_put(rng.integers(0, _NUM_CLASSES, batch_size, np.int32))
+    images = place(images, placements[0].batch)
+    batch = Batch(images, labels)
     tell = lambda **answer: print(json.dumps(answer), flush=True)
 
     if variant.method.startswith("blocks:"):
-        works = [method.make_block_work(config, block, optimizer) for block in blocks]
-        measure = lambda: cost.block_step_seconds(blocks, works, states, batch, placements)
-        tell(cuts=list(cuts))
+        runs, inputs = [], [images]
+        for block, state in zip(blocks, states, strict=True):
+            runs.append(jax.jit(method.make_block_work(config, block, optimizer)))
+            inputs.append(jax.jit(make_block_feed(block))(state, inputs[-1]))
+
+        def seconds_per_run(block, number):
+            arguments = (states[block], inputs[block], batch.labels, key)
+            jax.block_until_ready(runs[block](*arguments))
+            start = time.perf_counter()
+            for _ in range(number):
+                jax.block_until_ready(runs[block](*arguments))
+            return (time.perf_counter() - start) / number
+
+        measure = lambda number: [seconds_per_run(k, number) for k in range(len(blocks))]
+        measure(1)
+        tell(cuts=list(cuts), bytes_between_blocks=[x.nbytes for x in inputs[1:-1]])
         for _ in sys.stdin:
-            tell(block_seconds=measure())
+            tell(block_seconds=measure(_STEPS.value))
         return
 
     runner = method.make_runner(config, blocks, optimizer, key, placements)
@@ -302,6 +334,7 @@ def _work(variant: Variant, cuts: list[int] | None) -> None:
     tell(cuts=list(cuts))
     for _ in sys.stdin:
         tell(step_seconds=seconds_per_step())
+    distributed.finish()
 
 
 def dispatch(folder: pathlib.Path) -> list[str]:

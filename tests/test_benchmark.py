@@ -35,26 +35,31 @@ def test_the_table_of_search_steps():
 
 
 def test_the_table_of_parallel_runs():
-    row = lambda method, num_devices, num_cores, seconds: {
-        "method": method, "num_devices": num_devices, "num_cores": num_cores,
-        "step_seconds": seconds, "block_seconds": [],
-    }  # fmt: skip
-    rows = [row("blocks:dgl", 1, 1, []) | {"block_seconds": [[0.05, 0.06], [0.1, 0.03]]}]
-    rows += [row("blocks:ddg", 1, 1, []) | {"block_seconds": [[0.04, 0.06], [0.06, 0.03]]}]
-    rows += [row("backprop", 1, 1, [0.12, 0.12]), row("backprop", 1, 2, [0.12, 0.12])]
-    rows += [row("backprop", 0, 2, [0.08, 0.08]), row("dgl", 2, 2, [0.06, 0.1])]
-    rows += [row("ddg", 2, 2, [0.075, 0.075]), row("data_parallel", 2, 2, [0.06, 0.06])]
-    table, last = parallel_table({"rows": rows}).split("\n\n")
+    def row(method, num_devices, num_processes, step_seconds=(), block_seconds=()):
+        return {
+            "method": method, "num_devices": num_devices, "num_processes": num_processes,
+            "step_seconds": step_seconds, "block_seconds": block_seconds,
+        }  # fmt: skip
+
+    rows = [
+        row("blocks:dgl", 1, 1, block_seconds=[[0.05, 0.06], [0.1, 0.03]]),
+        row("blocks:ddg", 1, 1, block_seconds=[[0.04, 0.06], [0.06, 0.03]]),
+        row("backprop", 1, 1, [0.12, 0.12]),
+        row("backprop", 0, 1, [0.08, 0.08]),
+        row("dgl", 2, 1, [0.06, 0.1]),
+        row("ddg", 2, 2, [0.075, 0.075]),
+        row("data_parallel", 2, 2, [0.06, 0.06]),
+    ]
+    table, last = parallel_table({"num_blocks": 2, "rows": rows}).split("\n\n")
     _, _, *lines = table.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells == [
-        ["backprop", "1", "1", "120.0 (120.0 to 120.0)", "1.00 (1.00 to 1.00)", ""],
-        ["backprop", "2", "1", "120.0 (120.0 to 120.0)", "1.00 (1.00 to 1.00)", ""],
-        ["backprop", "2", "all threads", "80.0 (80.0 to 80.0)", "1.50 (1.50 to 1.50)", ""],
+        ["backprop", "1", "1", "1", "120.0 (120.0 to 120.0)", "1.00 (1.00 to 1.00)", ""],
+        ["backprop", "2", "1, all threads", "1", "80.0 (80.0 to 80.0)", "1.50 (1.50 to 1.50)", ""],
         # Round by round: each step takes as long as that round's slowest block.
-        ["dgl", "2", "2", "80.0 (60.0 to 100.0)", "1.60 (1.20 to 2.00)", "100 %"],
-        ["ddg", "2", "2", "75.0 (75.0 to 75.0)", "1.60 (1.60 to 1.60)", "80 %"],
-        ["data_parallel", "2", "2", "60.0 (60.0 to 60.0)", "2.00 (2.00 to 2.00)", ""],
+        ["dgl", "2", "2", "1", "80.0 (60.0 to 100.0)", "1.60 (1.20 to 2.00)", "100 %"],
+        ["ddg", "2", "2", "2", "75.0 (75.0 to 75.0)", "1.60 (1.60 to 1.60)", "80 %"],
+        ["data_parallel", "2", "2", "2", "60.0 (60.0 to 60.0)", "2.00 (2.00 to 2.00)", ""],
     ]
     assert "with auxiliary heads, alone on one core: 75.0, 45.0 ms; ideal" in last
     assert "backprop 1.60." in last and "backprop 2.00." in last
@@ -104,8 +109,8 @@ def test_blocks_in_parallel(tmp_path):
     blocks, rows = content["rows"][:2], content["rows"][2:]
     for row in blocks:
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in row["block_seconds"])
-    assert [(row["method"], row["num_devices"], row["num_cores"]) for row in rows] == [
-        ("backprop", 1, 1), ("dgl", 1, 1), ("backprop", 1, 2), ("backprop", 0, 2), ("dgl", 2, 2),
+    assert [(row["method"], row["num_devices"], row["num_processes"]) for row in rows] == [
+        ("backprop", 1, 1), ("dgl", 1, 1), ("backprop", 0, 1), ("dgl", 2, 1), ("dgl", 2, 2),
         ("pipeline_backprop:gpipe", 2, 2), ("data_parallel", 2, 2),
     ]  # fmt: skip
     assert all(len(row["step_seconds"]) == 2 and min(row["step_seconds"]) > 0 for row in rows)

@@ -1,5 +1,6 @@
 """The data: functions of (seed, step), the augmentation's oracle, exact evaluation, errors."""
 
+import functools
 import importlib.util
 import io
 import json
@@ -24,6 +25,7 @@ from dgl_jax.data import (
     decode,
     describe_dataset,
     load_dataset,
+    load_dataset_in_parts,
     shardings,
     statistics,
     streaming,
@@ -221,6 +223,34 @@ def load_kind(request, npz, prepared):
     if request.param == "in_memory":
         return lambda **kwargs: load_tiny(npz, **kwargs)
     return lambda **kwargs: load_photos(prepared, **kwargs)
+
+
+def test_parts_are_those_of_the_whole(load_kind, monkeypatch):
+    """A process's images and everybody's labels: of the same examples, in every step and epoch."""
+    whole = load_kind(seed=3)
+    in_parts = functools.partial(load_dataset_in_parts, sharding=shardings.default_sharding())
+    monkeypatch.setattr(sys.modules[__name__], "load_dataset", in_parts)
+    parts = load_kind(seed=3)
+    for step in (0, 1, whole.steps_per_epoch, 5 * whole.steps_per_epoch + 1):
+        assert_same(parts.batch_at(step), whole.batch_at(step))
+    together = zip(parts.eval_batches("test"), whole.eval_batches("test"), strict=True)
+    for part, batch in together:
+        jax.tree.map(np.testing.assert_array_equal, tuple(part), tuple(batch))
+
+
+def test_of_a_stream_labels_are_read_once():
+    class Source(list):
+        reads = 0
+
+        def __getitem__(self, position):
+            self.reads += 1
+            return super().__getitem__(position)
+
+    source = Source((b"image", label) for label in (2, 0, 1))
+    labels = streaming.Labels(source)
+    for _ in range(3):
+        assert [labels[position] for position in (2, 0, 1)] == [(b"", 1), (b"", 2), (b"", 0)]
+    assert len(labels) == source.reads == 3
 
 
 def test_batch_is_a_function_of_seed_and_step(load_kind):

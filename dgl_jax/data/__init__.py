@@ -191,7 +191,8 @@ def load_dataset_in_parts(*, sharding: jax.sharding.Sharding, **options: Any) ->
 
     Returns:
       The data set. Labels and masks are whole, on each process's first device: every process
-      makes them itself, so that they need not be sent.
+      makes them itself, so that they need not be sent. Of a set that is streamed it reads each
+      example once for its label, which it keeps.
     """
     own_device = shardings.default_sharding()
     labels = load_dataset(**options, labels_only=True, sharding=own_device)

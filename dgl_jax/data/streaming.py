@@ -47,6 +47,25 @@ class Subset:
         return f"Subset({self._source!r}, {len(self)} examples)"
 
 
+class Labels:
+    """A source without its images: of each example, which is read once, the label is kept."""
+
+    def __init__(self, source: EncodedSource):
+        self._source = source
+        self._labels = np.full(len(source), -1, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, position: int) -> tuple[bytes, int]:
+        if self._labels[position] < 0:
+            self._labels[position] = self._source[position][1]
+        return b"", int(self._labels[position])
+
+    def __repr__(self) -> str:
+        return f"Labels({self._source!r})"
+
+
 class Padded:
     """A source with its last example repeated up to a whole number of batches, and a mask."""
 
@@ -198,6 +217,9 @@ def make_dataset(
         batch_size=batch_size,
         seed=seed,
     )
+    if image_size == 0:
+        # Kept labels are of this process, and nothing is decoded.
+        train_source, test_source, num_workers = Labels(train_source), Labels(test_source), 0
     splits = {
         "train": Subset(train_source, train_index) if len(validation_index) else train_source,
         "validation": Subset(train_source, validation_index),
