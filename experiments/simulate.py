@@ -290,7 +290,11 @@ def _scenario(blocks: Sequence[BlockLoad], batch_size: int) -> Scenario:
 
 
 def _kept_bytes(network: Any, image_shape: Sequence[int]) -> list[float]:
-    """What `jax.vjp` stores of each layer's forward pass for an example, without parameters."""
+    """What `jax.vjp` stores of each layer's forward pass for an example, without parameters.
+
+    A layer's output counts once, where the next layer stores it as its input: our layers end with
+    a ReLU or a pool, which store other things.
+    """
     batch, kept = 10_007, []  # A leading axis of so many is a batch's: no weight has it.
     x = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
     for layer in network.layers:
@@ -336,7 +340,7 @@ def _bounds(method: str, scenario: Scenario) -> dict[str, Scenario]:
     cases = {"": scenario}
     spread = any(block.num_devices > 1 for block in scenario.blocks)
     if method == "data_parallel" or (spread and method != "backprop"):
-        cases[", all-reduce hidden"] = dataclasses.replace(scenario, hide_all_reduce=True)
+        cases[" (all-reduce hidden)"] = dataclasses.replace(scenario, hide_all_reduce=True)
     return cases
 
 

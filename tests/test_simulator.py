@@ -289,7 +289,7 @@ def test_a_finished_run_is_predicted_from_its_summary(tmp_path):
     assert _equal(seconds["dgl"], 6) and _equal(seconds["async_dgl"], 6)
     # Half of 8 s, and 4 bytes for each of 13 parameters, all but those of the auxiliary head.
     assert _equal(seconds["data_parallel"], 4 + 2 / 2 * 52 / 2)
-    assert _equal(seconds["data_parallel, all-reduce hidden"], 4 / 3 + 2 / 2 * 52 / 2)
+    assert _equal(seconds["data_parallel (all-reduce hidden)"], 4 / 3 + 2 / 2 * 52 / 2)
     assert (tmp_path / "timeline_ddg.png").exists()
 
     (tmp_path / "summary.json").write_text(json.dumps(summary | {"devices_per_block": [1, 2]}))
