@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 from dgl_jax.errors import UserError
-from dgl_jax.schedule import BACKWARD, FORWARD, UPDATE
+from dgl_jax.schedule import BACKWARD, FORWARD, LOSS, UPDATE
 from dgl_jax.task_lists import METHODS, Scenario, Task, backprop_seconds, compute_seconds
 from dgl_jax.timeline import ALL_REDUCE, SEND, Span
 
@@ -23,7 +23,6 @@ class Result:
     """What came of a simulation; rates are those of the steady state.
 
     Attributes:
-      spans: what devices did; transfers that a device did not wait for are not among them.
       seconds_per_step: until every block has made one more update.
       block_seconds: the same of each block alone; they differ where blocks run freely.
       busy_fractions: of each device's time, computing.
@@ -33,7 +32,6 @@ class Result:
       speed_up: over `backprop` on one device; ideal_speed_up: see there.
     """
 
-    spans: list[Span]
     seconds_per_step: float
     block_seconds: list[float]
     busy_fractions: list[float]
@@ -44,30 +42,20 @@ class Result:
     ideal_speed_up: float
 
 
-def simulate(
-    method: str,
-    scenario: Scenario,
-    *,
-    num_steps: int | None = None,
-    max_unfinished_steps: int | None = None,
-) -> Result:
-    """Times a method's schedule.
+def simulate(method: str, scenario: Scenario) -> Result:
+    """Times a method's schedule over enough steps to become steady; the later half is measured.
 
     Args:
       method: a key of `METHODS`.
       scenario: blocks and devices.
-      num_steps: to simulate; the later half is measured. None: enough to become steady.
-      max_unfinished_steps: None for the rule of `unfinished_steps`.
 
     Raises:
       UserError: for an unknown method, or numbers out of range.
     """
     _check(method, scenario)
-    num_blocks = len(scenario.blocks)
-    bound = max_unfinished_steps or unfinished_steps(method, scenario)
-    if num_steps is None:
-        # Steps of backprop don't overlap; all others fill a pipeline first.
-        num_steps = 8 if "backprop" in method else 8 * (num_blocks + bound)
+    bound = unfinished_steps(method, scenario)
+    # Steps of backprop don't overlap; all others fill a pipeline first.
+    num_steps = 8 if "backprop" in method else 8 * (len(scenario.blocks) + bound)
     tasks = bound_in_flight(METHODS[method](scenario, num_steps), bound)
     times = run(tasks, scenario.cluster.dispatch_seconds)
 
@@ -89,14 +77,13 @@ def simulate(
                     share = task.seconds / (num_steps - first)
                     busy[device] += share / block_seconds[task.block] if share else 0.0
     return Result(
-        spans=spans_of(tasks, times),
         seconds_per_step=seconds,
         block_seconds=block_seconds,
         busy_fractions=busy,
         images_per_second=scenario.batch_size / seconds if seconds else math.inf,
         bytes_per_step=num_bytes,
         kept_bytes=_most_kept(tasks, times),
-        speed_up=backprop_seconds(scenario) / seconds if seconds else math.inf,
+        speed_up=sum(backprop_seconds(scenario)) / seconds if seconds else math.inf,
         ideal_speed_up=ideal_speed_up(method, scenario),
     )
 
@@ -117,7 +104,7 @@ def ideal_speed_up(method: str, scenario: Scenario) -> float:
     Backprop's cost by that of the slowest block, with its auxiliary head where the method has
     one; in `data_parallel` all devices share alike.
     """
-    total = backprop_seconds(scenario)
+    total = sum(backprop_seconds(scenario))
     if method == "backprop":
         return 1.0
     if method == "data_parallel":
@@ -175,20 +162,24 @@ def bound_in_flight(tasks: Sequence[Task], max_unfinished_steps: int) -> list[Ta
 
 
 def spans_of(tasks: Sequence[Task], times: Sequence[tuple[float, float]]) -> list[Span]:
-    """One span for each device that a task occupied."""
+    """One span for each device that a task occupied for some time; transfers occupy none."""
     return [
         Span(device, task.block, task.batch, task.operation, start, end)
         for task, (start, end) in zip(tasks, times, strict=True)
         for device in task.devices
+        if end > start
     ]
 
 
 def steady_seconds(ends: Sequence[float]) -> float:
-    """Seconds a step in the later half of such times, over whole periods where it has any.
+    """Seconds a step in the later half, over whole periods where it has any.
 
     The steps of a pipeline that waits for the host, say, come in bursts.
+
+    Args:
+      ends: of all steps, one or more, in seconds from the start of the first.
     """
-    late = ends[len(ends) // 2 :]
+    late = [0.0, *ends][len(ends) // 2 :]
     gaps = [after - before for before, after in itertools.pairwise(late)]
     for period in range(1, len(gaps) // 2 + 1):
         shifted = zip(gaps, gaps[period:])
@@ -202,9 +193,9 @@ def _most_kept(tasks: Sequence[Task], times: Sequence[tuple[float, float]]) -> f
     changes = collections.defaultdict(list)
     for task, (start, end) in zip(tasks, times, strict=True):
         for device in task.devices:
-            if task.operation in (FORWARD, UPDATE):
+            if task.operation in (FORWARD, LOSS, UPDATE):
                 changes[device].append((start, 1, task.kept_bytes))
-            if task.operation in (BACKWARD, UPDATE):
+            if task.operation in (BACKWARD, LOSS, UPDATE):
                 changes[device].append((end, 0, -task.kept_bytes))
     # At the same instant what ends makes room first.
     peaks = [max(itertools.accumulate(c[2] for c in sorted(each))) for each in changes.values()]

@@ -6,10 +6,11 @@ earlier tasks. `simulator.run` times any list.
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
-from dgl_jax.schedule import BACKWARD, FORWARD, UPDATE, synchronous
+from dgl_jax.schedule import APPLY, BACKWARD, FORWARD, LOSS, UPDATE, pipeline, synchronous
 from dgl_jax.timeline import ALL_REDUCE, SEND
 
 
@@ -55,14 +56,12 @@ class Cluster:
       inside_host: the link of two devices of one host; between_hosts: of different hosts.
       devices_per_host: N.
       dispatch_seconds: of the host, for each program and each transfer.
-      overlap_transfers: devices compute while they send and receive; else both ends wait.
     """
 
     inside_host: Link = Link()
     between_hosts: Link = Link()
     devices_per_host: int = 8
     dispatch_seconds: float = 0.0
-    overlap_transfers: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +75,8 @@ class Scenario:
       num_microbatches: M, of the pipelines of backprop. One takes 1/M of a mini-batch's time.
       max_steps_in_flight: see `unfinished_steps`.
       slow_block: the work of this block takes `slowdown` times as long, in every method.
+      hide_all_reduce: as much of each all-reduce as fits behind its backward pass costs nothing.
+        A bound: sent in buckets while the backward pass runs, an all-reduce comes near it.
     """
 
     blocks: tuple[BlockLoad, ...]
@@ -85,6 +86,7 @@ class Scenario:
     max_steps_in_flight: int = 4
     slow_block: int | None = None
     slowdown: float = 1.0
+    hide_all_reduce: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +97,15 @@ class Task:
       block: whose it is; of a transfer, the sender.
       operation: of `schedule`, or SEND, ALL_REDUCE.
       step: of the training loop; batch: the mini-batch that it works on.
-      devices: that it occupies; links: likewise, pairs of blocks.
+      devices: that it occupies, of a transfer none; links: likewise, pairs of blocks.
       seconds: how long it occupies them.
       delay: seconds from its end until what it sends has arrived.
       inputs: the tasks, by their place in the list, that must have ended and arrived.
       host: who dispatches it. An all-reduce is a part of the program before it.
       host_waits: the host dispatches it, and what comes after, when these have ended.
       num_bytes: that are sent, by all devices together.
-      kept_bytes: that each device keeps, from the start of a forward pass (FORWARD, UPDATE) to
-        the end of its backward pass (BACKWARD, UPDATE).
+      kept_bytes: that each device keeps, from the start of a forward pass (FORWARD, LOSS, UPDATE)
+        to the end of its backward pass (BACKWARD, LOSS, UPDATE).
     """
 
     block: int
@@ -124,7 +126,7 @@ class Task:
 def backprop(scenario: Scenario, num_steps: int) -> list[Task]:
     """The whole network on one device, in one program, without auxiliary heads."""
     kept = sum(block.kept_bytes for block in scenario.blocks)
-    seconds = backprop_seconds(scenario)
+    seconds = sum(backprop_seconds(scenario))
     return [
         Task(0, UPDATE, step, step, (0,), seconds=seconds, kept_bytes=kept)
         for step in range(num_steps)
@@ -132,9 +134,10 @@ def backprop(scenario: Scenario, num_steps: int) -> list[Task]:
 
 
 def data_parallel(scenario: Scenario, num_steps: int) -> list[Task]:
-    """The same, each batch split over all the blocks' devices; then a ring all-reduce."""
+    """The same, each batch split over all the blocks' devices; then an all-reduce."""
     devices = tuple(range(sum(block.num_devices for block in scenario.blocks)))
     num_bytes = sum(block.parameter_bytes for block in scenario.blocks)
+    _, backward = backprop_seconds(scenario)
     tasks = []
     for task in backprop(scenario, num_steps):
         shares = {
@@ -142,42 +145,33 @@ def data_parallel(scenario: Scenario, num_steps: int) -> list[Task]:
             "kept_bytes": task.kept_bytes / len(devices),
         }
         tasks.append(dataclasses.replace(task, devices=devices, **shares))
-        _all_reduce(tasks, scenario.cluster, num_bytes)
+        _all_reduce(tasks, scenario, num_bytes, backward / len(devices))
     return tasks
 
 
-def gpipe(scenario: Scenario, num_steps: int) -> list[Task]:
-    """Backprop in a pipeline: all microbatches go up, then all come down.
+def pipeline_backprop(scenario: Scenario, num_steps: int, kind: str) -> list[Task]:
+    """The order of `schedule.pipeline`, as the runner of that method dispatches it.
 
-    Source: GPipe (Huang et al., 2019), Figure 2.
-    Deviation: activations are kept; GPipe computes them again.
+    Deviation: an update takes no time. A block over several devices sums its gradients over them
+      once a step, where the runner's programs do so after every microbatch.
     """
-
-    def order(block, num_microbatches):
-        del block
-        micro = range(num_microbatches)
-        return [(FORWARD, m) for m in micro] + [(BACKWARD, m) for m in reversed(micro)]
-
-    return _pipeline(scenario, num_steps, order)
-
-
-def one_f_one_b(scenario: Scenario, num_steps: int) -> list[Task]:
-    """Backprop in a pipeline: as soon as it is full, one forward, one backward, ...
-
-    Source: PipeDream-Flush, 1F1B (Narayanan et al., 2021), Figure 4.
-    Deviation: none.
-    """
-
-    def order(block, num_microbatches):
-        ahead = min(num_microbatches, len(scenario.blocks) - 1 - block)
-        places = [(FORWARD, m) for m in range(ahead)]
-        for m in range(num_microbatches):
-            if m + ahead < num_microbatches:
-                places.append((FORWARD, m + ahead))
-            places.append((BACKWARD, m))
-        return places
-
-    return _pipeline(scenario, num_steps, order)
+    tasks, count = [], scenario.num_microbatches
+    for step_tasks in pipeline(kind, len(scenario.blocks), count, num_steps).tasks(0):
+        activations, gradients = {}, {}  # By block and microbatch: where they arrive.
+        for task in step_tasks:
+            block, operation, m = task.block, task.operation, task.microbatch
+            # Gradients come from above, activations from below; an update waits for neither.
+            arrived = gradients if operation == BACKWARD else activations
+            inputs = arrived.pop((block, m), ())
+            reduces = operation == APPLY
+            _compute(
+                tasks, scenario, block, operation, task.batch, inputs, share=count, reduces=reduces
+            )
+            if operation == FORWARD:
+                activations[block + 1, m] = _send(tasks, scenario, block, block + 1, share=count)
+            elif operation != APPLY:
+                gradients[block - 1, m] = _send(tasks, scenario, block, block - 1, share=count)
+    return tasks
 
 
 def ddg(scenario: Scenario, num_steps: int) -> list[Task]:
@@ -242,36 +236,12 @@ def async_dgl(scenario: Scenario, num_steps: int) -> list[Task]:
 METHODS: dict[str, Callable[[Scenario, int], list[Task]]] = {
     "backprop": backprop,
     "data_parallel": data_parallel,
-    "pipeline_backprop_gpipe": gpipe,
-    "pipeline_backprop_1f1b": one_f_one_b,
+    "pipeline_backprop_gpipe": functools.partial(pipeline_backprop, kind="gpipe"),
+    "pipeline_backprop_1f1b": functools.partial(pipeline_backprop, kind="1f1b"),
     "ddg": ddg,
     "dgl": dgl,
     "async_dgl": async_dgl,
 }
-
-
-def _pipeline(scenario, num_steps, order) -> list[Task]:
-    """Each block's own order; hosts dispatch in turns, from block to block, what has its inputs."""
-    tasks, last, count = [], len(scenario.blocks) - 1, scenario.num_microbatches
-    for step in range(num_steps):
-        queues = [collections.deque(order(block, count)) for block in range(last + 1)]
-        arrived = {(FORWARD, 0, m): () for m in range(count)}
-        while any(queues):
-            for block, queue in enumerate(queues):
-                if not queue or (queue[0][0], block, queue[0][1]) not in arrived:
-                    continue
-                operation, m = queue.popleft()
-                inputs = arrived.pop((operation, block, m))
-                reduces = operation == BACKWARD and not queue
-                _compute(
-                    tasks, scenario, block, operation, step, inputs, share=count, reduces=reduces
-                )
-                if operation == FORWARD and block == last:
-                    arrived[BACKWARD, last, m] = (len(tasks) - 1,)
-                else:
-                    to = block + 1 if operation == FORWARD else block - 1
-                    arrived[operation, to, m] = _send(tasks, scenario, block, to, share=count)
-    return tasks
 
 
 def _compute(
@@ -281,7 +251,8 @@ def _compute(
     """Appends a block's program for a share of a mini-batch; its all-reduce if it updates."""
     load, devices = scenario.blocks[block], _devices(scenario, block)
     forward, backward = compute_seconds(scenario, block, heads)
-    seconds = {FORWARD: forward, BACKWARD: backward, UPDATE: forward + backward}[operation]
+    both = forward + backward
+    seconds = {FORWARD: forward, BACKWARD: backward, LOSS: both, UPDATE: both, APPLY: 0.0}
     tasks.append(
         Task(
             block,
@@ -289,7 +260,7 @@ def _compute(
             step,
             step if batch is None else batch,
             devices,
-            seconds=seconds / share,
+            seconds=seconds[operation] / share,
             inputs=inputs,
             host=_host(scenario, devices[0]) if host is None else host,
             kept_bytes=load.kept_bytes / len(devices) / share,
@@ -297,24 +268,53 @@ def _compute(
     )
     if operation != FORWARD and reduces:
         num_bytes = load.parameter_bytes + (load.head_parameter_bytes if heads else 0.0)
-        _all_reduce(tasks, scenario.cluster, num_bytes)
+        _all_reduce(tasks, scenario, num_bytes, backward / share)
 
 
-def _all_reduce(tasks: list[Task], cluster: Cluster, num_bytes: float) -> None:
-    """Appends a ring all-reduce of so many bytes to the last task: a part of its program."""
-    task = tasks[-1]
-    count = len(task.devices)
-    if count > 1:
-        link = _link(cluster, task.devices[0], task.devices[-1])
-        rounds = 2 * (count - 1)
-        seconds = rounds * (num_bytes / count / link.bandwidth + link.latency)
-        inputs = (len(tasks) - 1,)
-        reduce = Task(task.block, ALL_REDUCE, task.step, task.batch, task.devices, host=task.host)
-        tasks.append(
-            dataclasses.replace(
-                reduce, seconds=seconds, inputs=inputs, num_bytes=rounds * num_bytes
-            )
+def _all_reduce(
+    tasks: list[Task], scenario: Scenario, num_bytes: float, backward_seconds: float
+) -> None:
+    """Appends an all-reduce to the last task, if that has several devices: a part of its program.
+
+    A ring of c devices reduces B bytes in 2 (c - 1) rounds, in each of which every device sends
+    B / c bytes to the next: ring(c, B) = 2 (c - 1) (B / c / bandwidth + latency).
+
+    On h hosts of n devices it is hierarchical: a reduce-scatter inside each host, all-reduces of
+    each device's B / n bytes across the hosts, n rings at once, and an all-gather inside each host.
+    Together ring(n, B) on links inside a host and ring(h, B / n) on those between hosts. If the
+    hosts have not all as many devices, the most count inside and the fewest between.
+
+    Args:
+      tasks: the list.
+      scenario: with its links, and whether the backward pass hides an all-reduce.
+      num_bytes: B.
+      backward_seconds: of the backward pass before.
+    """
+    task, cluster = tasks[-1], scenario.cluster
+    if len(task.devices) < 2:
+        return
+
+    def ring(count, num_bytes, link):
+        return 2 * (count - 1) * (num_bytes / count / link.bandwidth + link.latency)
+
+    hosts = collections.Counter(_host(scenario, device) for device in task.devices)
+    seconds = ring(max(hosts.values()), num_bytes, cluster.inside_host)
+    seconds += ring(len(hosts), num_bytes / min(hosts.values()), cluster.between_hosts)
+    if scenario.hide_all_reduce:
+        seconds = max(0.0, seconds - backward_seconds)
+    tasks.append(
+        Task(
+            task.block,
+            ALL_REDUCE,
+            task.step,
+            task.batch,
+            task.devices,
+            seconds=seconds,
+            inputs=(len(tasks) - 1,),
+            host=task.host,
+            num_bytes=2 * (len(task.devices) - 1) * num_bytes,
         )
+    )
 
 
 def _send(
@@ -340,7 +340,7 @@ def _send(
             SEND,
             tasks[source].step if step is None else step,
             tasks[source].batch if step is None else step,
-            () if scenario.cluster.overlap_transfers else devices + others,
+            (),
             links=((block, to),),
             seconds=max(num_bytes / pairs / link.bandwidth for link in links),
             delay=max(link.latency for link in links),
@@ -362,12 +362,14 @@ def compute_seconds(scenario: Scenario, block: int, heads: bool) -> tuple[float,
     return factor * forward / load.num_devices, factor * backward / load.num_devices
 
 
-def backprop_seconds(scenario: Scenario) -> float:
-    """Of a step on one device, without auxiliary heads."""
-    return math.fsum(
-        load.num_devices * sum(compute_seconds(scenario, block, heads=False))
+def backprop_seconds(scenario: Scenario) -> tuple[float, float]:
+    """Forward and backward of a mini-batch on one device, without auxiliary heads."""
+    seconds = [
+        [load.num_devices * x for x in compute_seconds(scenario, block, heads=False)]
         for block, load in enumerate(scenario.blocks)
-    )
+    ]
+    forward, backward = map(math.fsum, zip(*seconds, strict=True))
+    return forward, backward
 
 
 def _devices(scenario: Scenario, block: int) -> tuple[int, ...]:
@@ -380,6 +382,6 @@ def _host(scenario: Scenario, device: int) -> int:
 
 
 def _link(cluster: Cluster, a: int, b: int) -> Link:
-    """Of two devices; of a ring, its slowest: that of its first and its last."""
+    """Of two devices."""
     same = a // cluster.devices_per_host == b // cluster.devices_per_host
     return cluster.inside_host if same else cluster.between_hosts

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from dgl_jax.schedule import APPLY, BACKWARD, FEED, FORWARD, LOSS, UPDATE
 
-# What devices do besides the operations of a schedule.
+# What is done besides the operations of a schedule; links send, so no device is drawn sending.
 SEND = "send"
 ALL_REDUCE = "all_reduce"
 
@@ -24,7 +24,6 @@ _LOOKS = {
     LOSS: ("forward and backward", {"alpha": 1.0, "hatch": "///"}),
     APPLY: ("update", {"alpha": 0.7, "hatch": "|||"}),
     ALL_REDUCE: ("all-reduce", {"alpha": 0.2, "hatch": "xxxx"}),
-    SEND: ("transfer", {"alpha": 0.2, "hatch": "...."}),
 }
 _COLORS = [plt.get_cmap("Set2")(place) for place in range(8)]
 # That of `plots`, whose import would bring JAX.
@@ -47,7 +46,7 @@ class Span:
       device: its number, its row in the picture.
       block: whose program it was.
       step: the mini-batch it worked on, its colour.
-      operation: of `schedule`, or SEND, ALL_REDUCE.
+      operation: of `schedule`, or ALL_REDUCE.
       start: seconds; end: likewise.
     """
 
@@ -123,12 +122,13 @@ def plot_speed_ups(
       path: of the PNG.
       title: of the picture.
       speed_ups: by the method's name, by K.
-      ideal: by K, the grey line.
+      ideal: that of dgl, by K: the grey line.
     """
     matplotlib.use("Agg")
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(7, 4))
-        axes.plot(list(ideal), list(ideal.values()), color="0.6", lw=4, alpha=0.6, label="ideal")
+        grey = {"color": "0.6", "lw": 4, "alpha": 0.6}
+        axes.plot(list(ideal), list(ideal.values()), **grey, label="the ideal of dgl")
         for place, (method, points) in enumerate(speed_ups.items()):
             axes.plot(
                 list(points),

@@ -13,10 +13,10 @@ import sys
 import pytest
 
 from dgl_jax.errors import UserError
-from dgl_jax.schedule import BACKWARD, FORWARD, UPDATE
+from dgl_jax.schedule import APPLY, BACKWARD, FORWARD, LOSS, UPDATE, pipeline
 from dgl_jax.simulator import bound_in_flight, run, simulate, spans_of, steady_seconds
 from dgl_jax.task_lists import METHODS, BlockLoad, Cluster, Link, Scenario
-from dgl_jax.timeline import SEND, Span, plot_speed_ups, plot_timeline
+from dgl_jax.timeline import ALL_REDUCE, SEND, Span, plot_speed_ups, plot_timeline
 
 # A forward pass of 1 s and a backward pass of 2 s; 3 bytes handed on.
 _BLOCK = BlockLoad(1.0, 2.0, activation_bytes=3.0, kept_bytes=1.0)
@@ -26,8 +26,8 @@ def _equal(a, b):
     return a == pytest.approx(b, rel=1e-12, abs=0)
 
 
-def _seconds(method, scenario, **options):
-    return simulate(method, scenario, **options).seconds_per_step
+def _seconds(method, scenario):
+    return simulate(method, scenario).seconds_per_step
 
 
 def test_dgl_is_as_fast_as_its_slowest_block():
@@ -42,14 +42,9 @@ def test_dgl_is_as_fast_as_its_slowest_block():
 
 
 def test_a_slow_link_bounds_dgl_only_above_the_time_of_computing():
-    for bandwidth, overlapped, exposed in ((1.0, 3.0, 9.5), (3 / 4, 4.0, 11.5)):
-        link = Link(bandwidth, latency=0.5)
-        scenario = Scenario((_BLOCK,) * 3, Cluster(link))
-        assert _equal(_seconds("dgl", scenario), overlapped)
-        # A middle block waits for what it gets, with its latency, and for what it sends.
-        cluster = Cluster(link, overlap_transfers=False)
-        waits = dataclasses.replace(scenario, cluster=cluster)
-        assert _equal(_seconds("dgl", waits, max_unfinished_steps=99), exposed)
+    for bandwidth, expected in ((1.0, 3.0), (3 / 4, 4.0)):
+        scenario = Scenario((_BLOCK,) * 3, Cluster(Link(bandwidth, latency=0.5)))
+        assert _equal(_seconds("dgl", scenario), expected)
     assert simulate("dgl", scenario).bytes_per_step == pytest.approx(6.0, rel=1e-12)
 
 
@@ -77,9 +72,19 @@ def test_pipelines_of_backprop_have_the_known_bubble(num_blocks, num_microbatche
     )
     assert _equal(gpipe.seconds_per_step, expected)
     assert _equal(interleaved.seconds_per_step, expected)
-    # GPipe keeps all microbatches, 1F1B as many as the pipeline is deep.
-    assert _equal(gpipe.kept_bytes, 1.0)
+    # GPipe keeps all microbatches, 1F1B as many as the pipeline is deep; the last block one.
+    assert _equal(gpipe.kept_bytes, 1.0 if num_blocks > 1 else 1 / num_microbatches)
     assert _equal(interleaved.kept_bytes, min(num_blocks / num_microbatches, 1.0))
+
+
+def test_pipelines_of_backprop_run_the_schedule_of_their_runner():
+    scenario = Scenario((_BLOCK,) * 3, num_microbatches=4)
+    for kind in ("gpipe", "1f1b"):
+        simulated = METHODS[f"pipeline_backprop_{kind}"](scenario, 2)
+        of_runner = itertools.chain(*pipeline(kind, 3, 4, 2).tasks(0))
+        assert [(t.block, t.operation, t.step) for t in simulated if t.operation != SEND] == [
+            (t.block, t.operation, t.batch) for t in of_runner
+        ]
 
 
 def test_ddg_is_as_fast_as_its_slowest_block_where_links_are_free():
@@ -103,9 +108,12 @@ def test_ddg_waits_for_transfers_where_dgl_does_not(num_blocks):
 
 def test_too_few_steps_in_flight_leave_blocks_idle():
     scenario = Scenario((_BLOCK,) * 4)
+    tasks = METHODS["dgl"](scenario, 40)
     # A step takes four blocks' time; with two unfinished, every 12 s two of them end.
-    assert _equal(_seconds("dgl", scenario, max_unfinished_steps=2), 6.0)
-    assert _equal(_seconds("dgl", scenario, max_unfinished_steps=4), 3.0)
+    for bound, expected in ((2, 6.0), (4, 3.0)):
+        times = zip(tasks, run(bound_in_flight(tasks, bound)), strict=True)
+        ends = [end for task, (_, end) in times if (task.block, task.operation) == (3, UPDATE)]
+        assert _equal(steady_seconds(ends), expected)
     # One in flight is three more, the pipeline's depth, by the rule.
     assert _equal(_seconds("dgl", dataclasses.replace(scenario, max_steps_in_flight=1)), 3.0)
 
@@ -120,13 +128,38 @@ def test_a_slow_worker_holds_up_nobody_in_async_dgl():
 
 def test_data_parallel_is_a_share_and_a_ring_all_reduce():
     block = dataclasses.replace(_BLOCK, parameter_bytes=5.0, head_parameter_bytes=100.0)
-    result = simulate("data_parallel", Scenario((block,) * 4, Cluster(Link(2.0))))
+    scenario = Scenario((block,) * 4, Cluster(Link(2.0)))
+    result = simulate("data_parallel", scenario)
     assert _equal(result.seconds_per_step, 12 / 4 + 2 * 3 / 4 * 20 / 2)
     assert _equal(result.bytes_per_step, 2 * 3 * 20)
-    # A block over three devices, of two hosts: the ring is as slow as its slowest link.
-    block = dataclasses.replace(block, head_parameter_bytes=1.0, num_devices=3)
+    # The backward pass takes 2 s: so much can be hidden of 15 s, of 3.75 s and of 0.375 s.
+    for bandwidth, exposed in ((2.0, 13.0), (8.0, 1.75), (80.0, 0.0)):
+        faster = dataclasses.replace(scenario, cluster=Cluster(Link(bandwidth)))
+        hidden = dataclasses.replace(faster, hide_all_reduce=True)
+        assert _equal(_seconds("data_parallel", hidden), 3 + exposed)
+
+
+def test_an_all_reduce_across_hosts_is_hierarchical():
+    # 48 bytes on 3 hosts of 4 devices. Inside: 12 bytes a device in each of 3 + 3 rounds. Across:
+    # each of 4 rings has its 12 bytes in 3 parts, of 4 bytes in each of 2 + 2 rounds.
+    block = dataclasses.replace(_BLOCK, parameter_bytes=4.0)
+    cluster = Cluster(Link(8.0, 0.25), Link(2.0, 0.5), devices_per_host=4)
+    result = simulate("data_parallel", Scenario((block,) * 12, cluster))
+    assert _equal(result.seconds_per_step, 36 / 12 + 6 * (12 / 8 + 0.25) + 4 * (4 / 2 + 0.5))
+    assert _equal(result.bytes_per_step, 2 * 11 * 48)
+    # A block over three devices, two of one host and one of the next: 6 bytes, its head's too.
+    # All 6 have to go through the one ring that the second host's device is in.
+    block = dataclasses.replace(
+        _BLOCK, parameter_bytes=5.0, head_parameter_bytes=1.0, num_devices=3
+    )
     cluster = Cluster(Link(2.0), Link(1.0, latency=0.125), devices_per_host=2)
-    assert _equal(_seconds("dgl", Scenario((block,), cluster)), 1 + 4 / 3 * 6 + 4 * 0.125)
+    scenario = Scenario((block,), cluster)
+    assert _equal(_seconds("dgl", scenario), 1 + 2 * 3 / 2 + 2 * (3 / 1 + 0.125))
+    # Of a pipeline's, only the last microbatch's backward pass can hide a part.
+    hidden = dataclasses.replace(scenario, num_microbatches=4, hide_all_reduce=True)
+    without_head = 2 * 2.5 / 2 + 2 * (2.5 / 1 + 0.125)
+    expected = 1 + without_head - 2 / 3 / 4
+    assert _equal(_seconds("pipeline_backprop_1f1b", hidden), expected)
 
 
 def test_a_slow_host_bounds_the_rate_of_dispatch():
@@ -138,6 +171,7 @@ def test_a_slow_host_bounds_the_rate_of_dispatch():
 
 def test_a_bursty_steady_state_is_measured_over_whole_periods():
     assert _equal(steady_seconds([0, 1, 4, 5, 8, 9, 12, 13, 16]), 2.0)
+    assert steady_seconds([3.0]) == 3.0 and steady_seconds([3.0, 5.0]) == 2.0
 
 
 def _random_scenario(rng):
@@ -150,10 +184,9 @@ def _random_scenario(rng):
         for _ in range(rng.randint(1, 6))
     )
     links = [Link(10 ** rng.uniform(-1, 2), rng.uniform(0, 0.5)) for _ in range(2)]
-    cluster = Cluster(*links, rng.randint(1, 4), rng.choice([0.0, 0.1, 1.0]), rng.random() < 0.5)
-    return Scenario(
-        blocks, cluster, 8, rng.randint(1, 5), rng.randint(1, 4), rng.choice([None, 0]), 2.0
-    )
+    cluster = Cluster(*links, rng.randint(1, 4), rng.choice([0.0, 0.1, 1.0]))
+    numbers = (rng.randint(1, 5), rng.randint(1, 4), rng.choice([None, 0]), 2.0)
+    return Scenario(blocks, cluster, 8, *numbers, hide_all_reduce=rng.random() < 0.5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -191,12 +224,18 @@ def test_laws_on_random_instances(method):
         # Every block makes its passes over every batch, once.
         if method not in ("backprop", "data_parallel"):
             late = len(scenario.blocks) - 1 if method == "ddg" else 0
-            shares = scenario.num_microbatches if "pipeline" in method else 1
+            shares = scenario.num_microbatches
             counts = collections.Counter((t.block, t.batch, t.operation) for t in tasks)
             for block in range(len(scenario.blocks)):
                 for batch in range(num_steps - late):
-                    made = [counts[block, batch, name] for name in (FORWARD, BACKWARD, UPDATE)]
-                    assert made in ([shares, shares, 0], [0, 0, 1])
+                    names = (FORWARD, BACKWARD, LOSS, APPLY, UPDATE)
+                    made = [counts[block, batch, name] for name in names]
+                    if "pipeline" not in method:
+                        assert made in ([1, 1, 0, 0, 0], [0, 0, 0, 0, 1])
+                    elif block == len(scenario.blocks) - 1:
+                        assert made == [0, 0, shares, 1, 0]
+                    else:
+                        assert made == [shares, shares, 0, 1, 0]
         # Nothing is faster than the ideal, if a block's devices have nothing to agree on.
         result = simulate(method, scenario)
         assert result.speed_up <= result.ideal_speed_up * (1 + 1e-9)
@@ -214,7 +253,10 @@ def test_an_unknown_method_and_numbers_out_of_range_are_said():
 
 
 def test_pictures_are_drawn_of_any_operation(tmp_path):
-    spans = [Span(3, 1, 7, SEND, 1e-7, 2e-7), *(Span(0, 0, n, UPDATE, n, n + 1) for n in range(12))]
+    spans = [
+        Span(3, 1, 7, ALL_REDUCE, 1e-7, 2e-7),
+        *(Span(0, 0, n, UPDATE, n, n + 1) for n in range(12)),
+    ]
     plot_timeline(spans, str(tmp_path / "timeline.png"), "title", ["first", "second"])
     plot_speed_ups(str(tmp_path / "speed.png"), "title", {"dgl": {2: 1.5, 4: 3.0}}, {2: 2, 4: 4})
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("timeline.png", "speed.png"))
@@ -247,4 +289,11 @@ def test_a_finished_run_is_predicted_from_its_summary(tmp_path):
     assert _equal(seconds["dgl"], 6) and _equal(seconds["async_dgl"], 6)
     # Half of 8 s, and 4 bytes for each of 13 parameters, all but those of the auxiliary head.
     assert _equal(seconds["data_parallel"], 4 + 2 / 2 * 52 / 2)
+    assert _equal(seconds["data_parallel (all-reduce hidden)"], 4 / 3 + 2 / 2 * 52 / 2)
     assert (tmp_path / "timeline_ddg.png").exists()
+
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"devices_per_block": [1, 2]}))
+    result = subprocess.run(
+        [sys.executable, script, *arguments], check=False, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "devices_per_block=[1, 2]; the times of" in result.stderr
