@@ -225,7 +225,7 @@ def parallel_table(content: Mapping[str, Any]) -> str:
       content: parallel.json: ``num_blocks`` and ``rows`` of ``method``, ``num_devices`` (0: one
         device with K cores' threads), ``num_processes``, and of each round ``step_seconds``, or
         of the rows "blocks:dgl" and "blocks:ddg" the ``block_seconds`` of each block alone, with
-        auxiliary heads and without.
+        auxiliary heads and without; ``simulated_seconds`` of a step by method.
 
     Returns:
       A Markdown table and a line: speed-ups over backprop on one core, round by round, and the
@@ -237,6 +237,8 @@ def parallel_table(content: Mapping[str, Any]) -> str:
     baseline = by_variant["backprop", 1, 1]["step_seconds"]
     alone = {name: by_variant[f"blocks:{name}", 1, 1]["block_seconds"] for name in ("dgl", "ddg")}
     slowest = {name: [max(seconds) for seconds in rounds] for name, rounds in alone.items()}
+
+    simulated = content["simulated_seconds"]
 
     def spread(values: Sequence[float], form: str) -> str:
         low, high = (format(value, form) for value in (min(values), max(values)))
@@ -261,10 +263,11 @@ def parallel_table(content: Mapping[str, Any]) -> str:
                 spread([1000 * s for s in seconds], ".1f"),
                 spread(speed_ups, ".2f"),
                 f"{100 * statistics.median(shares):.0f} %" if is_cut else "",
+                f"{1000 * simulated[row['method']]:.1f}" if row["num_devices"] > 1 else "",
             ]
         )
     header = ["method", "cores", "devices", "processes", "step, ms (least to most)"]
-    header += ["speed-up over backprop on one core", "of its ideal"]
+    header += ["speed-up over backprop on one core", "of its ideal", "simulated, ms"]
     lines = []
     for name, words in (("dgl", "with auxiliary heads"), ("ddg", "without")):
         ideal = statistics.median(b / s for b, s in zip(baseline, slowest[name], strict=True))

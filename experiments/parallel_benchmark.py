@@ -48,14 +48,17 @@ from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements, request_cpu_devices
 from dgl_jax.schedule import synchronous
+from dgl_jax.simulator import simulate
 from dgl_jax.tables import parallel_table
+from dgl_jax.task_lists import BlockLoad, Scenario
 from dgl_jax.transfer import place
 from dgl_jax.types import Batch, TrainState
 
 _NUM_BLOCKS = flags.DEFINE_integer("num_blocks", 2, "parallel: K, and so many cores.", 2)
+_PARALLEL = ["dgl", "ddg", "pipeline_backprop:gpipe", "pipeline_backprop:1f1b", "data_parallel"]
 _METHODS = flags.DEFINE_list(
     "methods",
-    ["dgl", "ddg", "pipeline_backprop:gpipe", "pipeline_backprop:1f1b", "data_parallel"],
+    _PARALLEL,
     "parallel: what runs on K devices; a word after : is the pipeline's schedule.",
 )
 _NUM_MICROBATCHES = flags.DEFINE_integer("num_microbatches", 4, "parallel: of the pipelines.", 1)
@@ -95,8 +98,8 @@ def parallel(folder: pathlib.Path) -> list[str]:
     if num_blocks > num_cores:
         raise UserError(f"--num_blocks={num_blocks} must not exceed the {num_cores} cores at hand")
     for method in _METHODS.value:
-        if method.partition(":")[0] not in METHODS:
-            raise UserError(f"--methods={method} is unknown; choose from {', '.join(METHODS)}")
+        if method not in _PARALLEL:
+            raise UserError(f"--methods={method} is unknown; choose from {', '.join(_PARALLEL)}")
 
     # Blocks of equal time on one core; the first process decides, all take its cuts.
     alone = Variant("blocks:dgl")
@@ -135,8 +138,32 @@ def parallel(folder: pathlib.Path) -> list[str]:
         "num_microbatches": _NUM_MICROBATCHES.value,
         "rows": rows,
     }
-    _write(folder, content)
+    _write(folder, content | {"simulated_seconds": _simulated_seconds(content)})
     return []
+
+
+def _simulated_seconds(content: dict[str, Any]) -> dict[str, float]:
+    """What the simulator makes, by method, of the times of blocks alone."""
+    alone = {
+        row["method"]: [statistics.median(times) for times in zip(*row["block_seconds"])]
+        for row in content["rows"]
+        if row["block_seconds"]
+    }
+    blocks = []
+    for with_head, without in zip(alone["blocks:dgl"], alone["blocks:ddg"], strict=True):
+        head = max(0.0, with_head - without)
+        blocks.append(BlockLoad(without / 3, 2 * without / 3, head / 3, 2 * head / 3))
+    scenario = Scenario(
+        tuple(blocks),
+        batch_size=content["batch_size"],
+        num_microbatches=content["num_microbatches"],
+        max_steps_in_flight=PlacementConfig.max_steps_in_flight,
+    )
+    return {
+        row["method"]: simulate(row["method"].replace(":", "_"), scenario).seconds_per_step
+        for row in content["rows"]
+        if row["num_devices"] > 1
+    }
 
 
 def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
@@ -153,7 +180,9 @@ def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
         f"{_ROUNDS.value} interleaved rounds of {_STEPS.value} steps, and their range. Ideal: "
         "backprop's time on one core over that of the method's slowest block alone on one core; "
         "cuts are those of equal time with DGL's heads. Pipelines: "
-        f"{_NUM_MICROBATCHES.value} microbatches. Data parallel: BatchNorm over the whole batch."
+        f"{_NUM_MICROBATCHES.value} microbatches. Data parallel: BatchNorm over the whole batch. Simulated: what dgl_jax/simulator.py "
+        "makes of the times of the blocks alone; there nothing is sent, and a microbatch takes its "
+        "share of a batch's time."
     )
     table = parallel_table(content)
     (folder / "parallel.md").write_text(
