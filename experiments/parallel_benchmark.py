@@ -107,7 +107,8 @@ def parallel(folder: pathlib.Path) -> list[str]:
     chosen = _ask(workers[alone])
     cuts = chosen["cuts"]
     variants = [Variant("blocks:ddg"), Variant("backprop"), Variant("dgl"), Variant("backprop", 0)]
-    variants.append(Variant("dgl", num_blocks))
+    # Of several devices in one process: transfers and collectives stay inside it.
+    variants += [Variant("dgl", num_blocks), Variant("data_parallel", num_blocks)]
     variants += [
         Variant(method, num_blocks, num_blocks) for method in dict.fromkeys(_METHODS.value)
     ]

@@ -122,7 +122,8 @@ def test_blocks_in_parallel(tmp_path):
     for row in blocks:
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in row["block_seconds"])
     assert [(row["method"], row["num_devices"], row["num_processes"]) for row in rows] == [
-        ("backprop", 1, 1), ("dgl", 1, 1), ("backprop", 0, 1), ("dgl", 2, 1), ("dgl", 2, 2),
+        ("backprop", 1, 1), ("dgl", 1, 1), ("backprop", 0, 1), ("dgl", 2, 1),
+        ("data_parallel", 2, 1), ("dgl", 2, 2),
         ("pipeline_backprop:gpipe", 2, 2),
     ]  # fmt: skip
     assert all(len(row["step_seconds"]) == 2 and min(row["step_seconds"]) > 0 for row in rows)
