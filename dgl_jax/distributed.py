@@ -64,7 +64,7 @@ def initialize(
     if process_id == 0:
         _roll_call = _Leader(address, num_processes, deadline)
     else:
-        _roll_call = _Follower(address, num_processes, process_id, deadline)
+        _roll_call = _Follower(address, num_processes, process_id, connect_timeout_s)
     _num_processes = num_processes
     _allow_transfers(_own_address(host))
     jax.distributed.initialize(
@@ -175,6 +175,8 @@ def finish() -> None:
 
 def fail(message: str, code: int) -> None:
     """Tells the other processes, which end with that line and exit code too. Returns."""
+    if _roll_call is not None and code == 1:
+        time.sleep(0.5)  # If this is but the echo of another's end, the roll call says whose.
     if isinstance(_roll_call, _Leader):
         _roll_call.fail(f"process 0: {message}", code)
     elif _roll_call is not None:
@@ -328,8 +330,13 @@ class _Follower:
     """The side of every other process."""
 
     def __init__(
-        self, address: tuple[str, int], num_processes: int, process_id: int, deadline: float
+        self,
+        address: tuple[str, int],
+        num_processes: int,
+        process_id: int,
+        connect_timeout_s: float,
     ):
+        deadline = time.monotonic() + connect_timeout_s
         self._finished = threading.Event()
         self._complete = threading.Event()
         while True:  # Process 0 may start later.
@@ -349,7 +356,7 @@ class _Follower:
         self.tell({"process_id": process_id, "num_processes": num_processes})
         threading.Thread(target=self._attend, daemon=True).start()
         # Process 0 ends the wait: with everybody there, or an error.
-        if not self._complete.wait(max(0.0, deadline - time.monotonic()) + 30):
+        if not self._complete.wait(connect_timeout_s + 30):
             raise UserError(
                 f"--coordinator={address[0]}:{address[1] - 1}: what answers at port {address[1]} "
                 "is not process 0 of this run; choose another port"

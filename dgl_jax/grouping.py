@@ -87,8 +87,9 @@ def choose_cuts_heads_and_devices(
         )
         return cuts, (config.auxiliary.name,) * len(cuts), devices
     cuts, names = _cuts_and_heads(config, network, num_classes, image_shape, resolved)
-    if resolved and resolved.get("num_devices") == num_devices:
-        return cuts, names, tuple(resolved["devices_per_block"])
+    dealt = tuple((resolved or {}).get("dealt_devices") or ())
+    if dealt and resolved["num_devices"] == num_devices and set(dealt) <= set(allowed):
+        return cuts, names, dealt
     block_costs = _block_costs(config, network, cuts, names, num_classes, image_shape)
     return cuts, names, deal_devices(block_costs, num_devices, allowed)
 

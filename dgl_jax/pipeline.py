@@ -117,7 +117,9 @@ def block_program(
     if is_local(placement.state):
         if inputs is not None:
             program = program.lower(*inputs).compile()
-        return recorder.watch(program, *traced, placement) if recorder else program
+        # Of a block on devices of several processes one keeps the record.
+        is_first = placement.devices[0].process_index == jax.process_index()
+        return recorder.watch(program, *traced, placement) if recorder and is_first else program
     known = {}
 
     def absent(*args):

@@ -228,7 +228,7 @@ def parallel_table(content: Mapping[str, Any]) -> str:
         auxiliary heads and without; ``simulated_seconds`` of a step by method.
 
     Returns:
-      A Markdown table and a line: speed-ups over backprop on one core, round by round, and the
+      A Markdown table and two lines: speed-ups over backprop on one core, round by round, and the
       share of the ideal: that time over the slowest block's, of blocks as the method has them.
     """
     by_variant = {

@@ -170,7 +170,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     resolved = {
         "cuts": list(cuts),
         "heads": list(head_names) if config.method.name in LOCAL_METHODS else [],
-        "devices_per_block": [len(where.devices) for where in placements],
+        "dealt_devices": list(devices_per_block),  # By placement.auto; else empty.
         "num_devices": config.placement.num_devices or len(jax.devices()),
         "num_steps": num_steps,
         "num_updates": num_updates,
@@ -285,13 +285,14 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
                 now = time.perf_counter()
                 record["train_seconds"] += now - clock
                 record["timed_steps"] += step - clock_step
+                if step > first_traced:  # A pause is nobody's idle time.
+                    last_traced = min(last_traced, step)
+                    _stop_profile()
                 state = runner.snapshot(state)
                 results, is_evaluated = evaluate_all(step) if is_eval else None, is_eval
                 # Orbax keeps the best: all processes must say the same.
                 top1 = distributed.agree(results[splits[-1]]["top1"][-1] if results else None)
                 save(step, state, top1=top1)
-                if step > first_traced:  # A pause is nobody's idle time.
-                    last_traced = min(last_traced, step)
                 # Blocks that have no tasks but decide themselves have trained on meanwhile.
                 clock, clock_step = time.perf_counter() if tasks else now, step
         if not is_evaluated:  # The run had been killed after its last checkpoint.

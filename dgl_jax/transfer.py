@@ -30,7 +30,7 @@ def move(x: jax.Array, sharding: Sharding) -> jax.Array:
 
     All processes must call this, in the same order as their other calls: also those that have
     devices of neither side, as transfers between processes are matched by counting them. The
-    receiver's call waits until the sender has called it too.
+    first from one process to another waits until both have called it.
 
     Args:
       x: any array, or the stand-in for one; activations [B, ...] are split over a block's devices
@@ -149,6 +149,8 @@ def _jitted_slice(x: jax.Array, start: int, stop: int) -> jax.Array:
 
 
 def _slice_rows(x: jax.Array, start: int, stop: int) -> jax.Array:
+    if isinstance(x, np.ndarray):
+        return x[start:stop] if x.shape else x
     return _jitted_slice(x, start, stop) if x.shape and (start, stop) != (0, x.shape[0]) else x
 
 

@@ -70,9 +70,16 @@ def test_devices_are_dealt_for_every_way_to_cut():
     fields = {"partition__strategy": "balanced", "partition__num_blocks": 2}
     cuts, names, devices = _choose(resolved, **fields, placement__num_devices=2)
     assert (cuts, names, devices) == ((0,), ("pred",), (1, 1))
-    dealt = resolved | {"devices_per_block": (1, 3), "num_devices": 4}
-    assert _choose(dealt, **fields, placement__num_devices=4)[2] == (1, 3)
-    assert _choose(dealt, **fields, placement__num_devices=2)[2] == (1, 1)
+    for given, num_devices, devices in (
+        ([1, 2], 3, (1, 2)),  # As they were, whatever costs are by now.
+        ([1, 2], 4, None),  # Another number of devices,
+        ([], 3, None),  # not dealt before,
+        ([1, 3], 3, None),  # or no divisors of the batches: anew.
+    ):
+        dealt = resolved | {"dealt_devices": given, "num_devices": 3}
+        anew = _choose(resolved, **fields, placement__num_devices=num_devices)
+        found = _choose(dealt, **fields, placement__num_devices=num_devices)
+        assert found == ((*anew[:2], devices) if devices else anew)
     by_hand = {"placement__auto": False, "placement__devices_per_block": (1, 2)}
     assert _choose(resolved, **fields, **by_hand) == ((0,), ("pred",), ())
 

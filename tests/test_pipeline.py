@@ -266,6 +266,7 @@ def _growths(max_steps_in_flight, num_steps, num_processes):
     environment = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "PYTHONPATH": str(script.parents[1]),
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",  # The second block stays the slower one.
     }
     processes = [
         subprocess.Popen(
@@ -274,7 +275,11 @@ def _growths(max_steps_in_flight, num_steps, num_processes):
         )
         for process_id in range(num_processes)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert not any(process.returncode for process in processes)
     return [np.array(json.loads(output.splitlines()[-1])) for output in outputs]
 

@@ -46,8 +46,6 @@ def test_programs_are_recorded_between_their_inputs_and_outputs(tmp_path):
         own = [span for span in spans if span.device == device]
         assert all(span.start < span.end for span in own)
         assert all(a.end <= b.start for a, b in itertools.pairwise(own))
-    starts = {(span.step, span.block): span.start for span in spans}
-    assert all(starts[step, 0] < starts[step, 1] for step in range(3))
 
 
 def test_busy_fractions(tmp_path):
