@@ -24,7 +24,7 @@ from dgl_jax.errors import UserError
 _roll_call = None
 _num_processes = 1
 _calls = itertools.count()  # Of `agree` and `collect`, the same in all processes.
-_A_DAY_MS = 24 * 3600 * 1000  # A process that has died is noticed otherwise, and sooner.
+_A_DAY_S = 24 * 3600  # A process that has died is noticed otherwise, and sooner.
 
 
 def initialize(
@@ -134,7 +134,7 @@ def agree(value: Any) -> Any:
     store, key = jax_distributed.global_state.client, f"dgl_jax/{next(_calls)}"
     if is_main():
         store.key_value_set(key, json.dumps(value))
-    return json.loads(store.blocking_key_value_get(key, _A_DAY_MS))
+    return json.loads(store.blocking_key_value_get(key, 1000 * _A_DAY_S))
 
 
 def collect(value: Any) -> list[Any]:
@@ -147,7 +147,7 @@ def collect(value: Any) -> list[Any]:
     store, key = jax_distributed.global_state.client, f"dgl_jax/{next(_calls)}"
     store.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
     texts = [
-        store.blocking_key_value_get(f"{key}/{process}", _A_DAY_MS)
+        store.blocking_key_value_get(f"{key}/{process}", 1000 * _A_DAY_S)
         for process in range(_num_processes)
     ]
     return [json.loads(text) for text in texts]
@@ -186,12 +186,9 @@ def fail(message: str, code: int) -> None:
 def _allow_transfers(own_address: str) -> None:
     """What jax needs on CPUs to send arrays from one process to another."""
     # With port 0 jaxlib aborts: the port must be known beforehand.
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    jax.config.update("jax_cross_host_transfer_socket_address", f"{own_address}:{port}")
+    jax.config.update("jax_cross_host_transfer_socket_address", f"{own_address}:{free_port()}")
     # The first transfer waits until the other process has compiled what it sends.
-    jax.config.update("jax_cross_host_transfer_timeout_seconds", 24 * 3600)
+    jax.config.update("jax_cross_host_transfer_timeout_seconds", _A_DAY_S)
     # Nothing here uses the notice; with it, SIGTERM would not end a process.
     jax.config.update("jax_enable_preemption_service", False)
 

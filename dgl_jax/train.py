@@ -287,7 +287,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
                 record["timed_steps"] += step - clock_step
                 if step > first_traced:  # A pause is nobody's idle time.
                     last_traced = min(last_traced, step)
-                    _stop_profile()
+                    if config.profile:  # Another's is not stopped.
+                        _stop_profile()
                 state = runner.snapshot(state)
                 results, is_evaluated = evaluate_all(step) if is_eval else None, is_eval
                 # Orbax keeps the best: all processes must say the same.
@@ -317,6 +318,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     trained = fetch([(block.params, block.batch_stats) for block in state.blocks])
     if not is_main:
         return None
+    timed_updates = record["timed_steps"] * num_updates / num_steps
+    train_seconds = record["train_seconds"]
     summary = {
         "finished": True,
         "method": config.method.name,
@@ -343,9 +346,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         "validation_top1": results.get("validation", {}).get("top1"),
         "best_step": best_step,
         "train_examples_per_second": (
-            record["timed_steps"] * (num_updates / num_steps) * batch_size / record["train_seconds"]
-            if record["train_seconds"]
-            else None
+            timed_updates * batch_size / train_seconds if train_seconds else None
         ),
         "wall_seconds": wall_seconds(),
         "compile_seconds": compile_seconds,
@@ -363,9 +364,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         "method_memory_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.memory)),
         "block_step_seconds": step_seconds,
         "busy_fractions": busy,
-        **_speed_ups(
-            step_seconds, placements, record["timed_steps"] * num_updates / num_steps, record
-        ),
+        **_speed_ups(step_seconds, placements, timed_updates, train_seconds),
         "params_sha256": _sha256(trained),
         "jax_version": jax.__version__,
         "device_kind": placements[0].devices[0].device_kind,
@@ -384,14 +383,14 @@ def _speed_ups(
     step_seconds: Sequence[float] | None,
     placements: Sequence[placement.BlockPlacement],
     timed_updates: float,
-    record: dict[str, Any],
+    train_seconds: float,
 ) -> dict[str, float | None]:
     """How much faster than all blocks' work on one device: at best, and as it was.
 
     None where it is not known what one device would need: blocks have several each.
     """
     has_one_each = all(len(where.devices) == 1 for where in placements)
-    if not (step_seconds and record["train_seconds"] and has_one_each):
+    if not (step_seconds and train_seconds and has_one_each):
         return {"ideal_speed_up": None, "reached_speed_up": None}
     by_device = collections.Counter()
     for where, seconds in zip(placements, step_seconds, strict=True):
@@ -399,7 +398,7 @@ def _speed_ups(
     total = sum(step_seconds)
     return {
         "ideal_speed_up": total / max(by_device.values()),
-        "reached_speed_up": total * timed_updates / record["train_seconds"],
+        "reached_speed_up": total * timed_updates / train_seconds,
     }
 
 

@@ -24,8 +24,6 @@ parallel: K blocks on K cores, and what one would do instead; see parallel_bench
 import json
 import os
 import pathlib
-import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -101,13 +99,7 @@ def search_step(folder: pathlib.Path) -> list[str]:
             if not is_expected:
                 unexpected.append(f"{estimator}, remat {remat}: {row['failure']}")
             # After each variant: the next may take the machine with it.
-            content = {
-                "command": shlex.join(["python", *sys.argv]),
-                "num_cpus": os.cpu_count(),
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-                "rows": rows,
-            }
+            content = parallel_benchmark.machine() | {"rows": rows}
             text = json.dumps(content, indent=2) + "\n"
             write_atomically(os.path.join(folder, "search_step.json"), text)
             write_atomically(os.path.join(folder, "search_step.md"), _search_step_text(content))

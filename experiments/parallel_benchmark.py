@@ -168,7 +168,7 @@ def _simulated_seconds(content: dict[str, Any]) -> dict[str, float]:
 
 
 def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
-    content |= _machine()
+    content |= machine()
     (folder / "parallel.json").write_text(json.dumps(content, indent=2) + "\n")
     title = (
         f"# {content['network']} x {content['width_factor']:g}, K = {content['num_blocks']}, cuts "
@@ -181,8 +181,8 @@ def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
         f"{_ROUNDS.value} interleaved rounds of {_STEPS.value} steps, and their range. Ideal: "
         "backprop's time on one core over that of the method's slowest block alone on one core; "
         "cuts are those of equal time with DGL's heads. Pipelines: "
-        f"{_NUM_MICROBATCHES.value} microbatches. Data parallel: BatchNorm over the whole batch. Simulated: what dgl_jax/simulator.py "
-        "makes of the times of the blocks alone; there nothing is sent, and a microbatch takes its "
+        f"{_NUM_MICROBATCHES.value} microbatches. Data parallel: BatchNorm over the whole batch. "
+        "Simulated: what dgl_jax/simulator.py makes of the times of the blocks alone; there nothing is sent, and a microbatch takes its "
         "share of a batch's time."
     )
     table = parallel_table(content)
@@ -261,7 +261,7 @@ def _config(variant: Variant, cuts: list[int] | None) -> Config:
     given.optimizer.schedule = "constant"
     if method == "pipeline_backprop":
         given.method.num_microbatches = _NUM_MICROBATCHES.value
-        given.method.pipeline_schedule = schedule or "1f1b"
+        given.method.pipeline_schedule = schedule
     if cuts is None:
         given.partition.strategy = "balanced"
         given.partition.cost = "time"
@@ -399,7 +399,7 @@ def dispatch(folder: pathlib.Path) -> list[str]:
             jax.block_until_ready(state)
             seconds.append((time.perf_counter() - start) / _DISPATCH_STEPS)
         rows.append({"num_blocks": num_blocks, "step_seconds": seconds[1:]})  # The first compiles.
-    content = _machine() | {"rows": rows}
+    content = machine() | {"rows": rows}
     (folder / "dispatch.json").write_text(json.dumps(content, indent=2) + "\n")
     lines = ["| K | step, µs (least to most) | per block, µs |", "|---|---|---|"]
     for row in rows:
@@ -417,7 +417,8 @@ def dispatch(folder: pathlib.Path) -> list[str]:
     return []
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What stands beside every figure: the command, and what it ran on."""
     return {
         "command": shlex.join(["python", *sys.argv]),
         "num_cpus": os.cpu_count(),
