@@ -293,5 +293,7 @@ def test_memory_stays_flat_when_the_first_block_is_much_faster(num_processes):
     room = (5 * 2 + 3) * activation
     for growth in _growths(4, 500, num_processes):
         assert growth.max() < room
-        assert growth[250:].max() < growth[50:250].max() + activation
+        # One step may hold an activation more than any before it did; what piles up would do so
+        # in most of them.
+        assert np.median(growth[250:]) < growth[50:250].max() + activation
     assert max(growth.max() for growth in _growths(400, 200, num_processes)) > 2 * room
