@@ -175,8 +175,8 @@ def random_search_table(trials: Sequence[Mapping[str, Any]]) -> str:
     return _markdown(header, rows)
 
 
-def search_step_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The variants of `experiments/benchmark.py search_step`, one a row.
+def sedona_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The variants of `experiments/benchmark.py sedona`, one a row.
 
     Args:
       rows: ``estimator``, ``remat``, ``failure`` (a line, or None), and as far as it came:

@@ -12,8 +12,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -27,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from benchmarks import setting
 from dgl_jax import distributed
 from dgl_jax.auxiliary import head_for_loss
 from dgl_jax.block import make_block_feed
@@ -63,11 +62,8 @@ _METHODS = flags.DEFINE_list(
 )
 _NUM_MICROBATCHES = flags.DEFINE_integer("num_microbatches", 4, "parallel: of the pipelines.", 1)
 _HEAD = flags.DEFINE_string("head", "mlp_sr", "parallel: the auxiliary head.")
-_STEPS = flags.DEFINE_integer("steps", 20, "parallel: timed steps of each round.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "parallel: rounds.", lower_bound=1)
 _WORKER = flags.DEFINE_string("worker", None, "For its own use.")
 
-_NUM_CLASSES = 10
 _DISPATCH_BLOCKS = (1, 2, 4, 8)
 _DISPATCH_STEPS = 500
 
@@ -119,7 +115,7 @@ def parallel(folder: pathlib.Path) -> list[str]:
         dataclasses.asdict(variant) | {"step_seconds": [], "block_seconds": []}
         for variant in workers
     ]
-    for _ in range(_ROUNDS.value):
+    for _ in range(setting.ROUNDS.value):
         for processes, row in zip(workers.values(), rows, strict=True):
             for name, value in _ask(processes, "go").items():
                 row[name].append(value)
@@ -129,10 +125,10 @@ def parallel(folder: pathlib.Path) -> list[str]:
         for process in processes:
             process.wait()
     content = {
-        "network": flags.FLAGS.network,
-        "width_factor": flags.FLAGS.width_factor,
-        "batch_size": flags.FLAGS.batch_size,
-        "image_size": flags.FLAGS.image_size,
+        "network": setting.NETWORK.value,
+        "width_factor": setting.WIDTH_FACTOR.value,
+        "batch_size": setting.BATCH_SIZE.value,
+        "image_size": setting.IMAGE_SIZE.value,
         "head": _HEAD.value,
         "num_blocks": num_blocks,
         **chosen,
@@ -168,27 +164,23 @@ def _simulated_seconds(content: dict[str, Any]) -> dict[str, float]:
 
 
 def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
-    content |= machine()
-    (folder / "parallel.json").write_text(json.dumps(content, indent=2) + "\n")
+    content |= setting.machine()
     title = (
-        f"# {content['network']} x {content['width_factor']:g}, K = {content['num_blocks']}, cuts "
+        f"{content['network']} x {content['width_factor']:g}, K = {content['num_blocks']}, cuts "
         f"{tuple(content['cuts'])}, batches of {content['batch_size']}, {content['image_size']} "
         f"pixels, head {content['head']}"
     )
     notes = (
-        f"{content['num_cpus']} CPUs, jax {content['jax']}, Python {content['python']}; every "
-        "process pinned to the cores it is given. Medians of "
-        f"{_ROUNDS.value} interleaved rounds of {_STEPS.value} steps, and their range. Ideal: "
-        "backprop's time on one core over that of the method's slowest block alone on one core; "
-        "cuts are those of equal time with DGL's heads. Pipelines: "
+        f"{setting.on_what(content)}; every process pinned to the cores it is given. Medians of "
+        f"{setting.ROUNDS.value} interleaved rounds of {setting.STEPS.value} steps, and their "
+        "range. Ideal: backprop's time on one core over that of the method's slowest block alone "
+        "on one core; cuts are those of equal time with DGL's heads. Pipelines: "
         f"{_NUM_MICROBATCHES.value} microbatches. Data parallel: BatchNorm over the whole batch. "
-        "Simulated: what dgl_jax/simulator.py makes of the times of the blocks alone; there nothing is sent, and a microbatch takes its "
-        "share of a batch's time."
+        "Simulated: what dgl_jax/simulator.py makes of the times of the blocks alone; there "
+        "nothing is sent, and a microbatch takes its share of a batch's time."
     )
     table = parallel_table(content)
-    (folder / "parallel.md").write_text(
-        "\n\n".join([title, table, notes, f"    {content['command']}\n"])
-    )
+    setting.write(folder, "parallel", content, title, [table, notes])
     print(table)
 
 
@@ -252,10 +244,10 @@ def _config(variant: Variant, cuts: list[int] | None) -> Config:
     method, _, schedule = variant.method.partition(":")
     given = default_config()
     given.method.name = schedule if method == "blocks" else method
-    given.network.name = flags.FLAGS.network
-    given.network.width_factor = flags.FLAGS.width_factor
+    given.network.name = setting.NETWORK.value
+    given.network.width_factor = setting.WIDTH_FACTOR.value
     given.auxiliary.name = _HEAD.value
-    given.train.batch_size = flags.FLAGS.batch_size
+    given.train.batch_size = setting.BATCH_SIZE.value
     given.train.num_epochs = 0.0
     given.train.num_steps = 10**6
     given.optimizer.schedule = "constant"
@@ -285,17 +277,19 @@ def _work(variant: Variant, cuts: list[int] | None, coordinator: str, process_id
         distributed.initialize(coordinator, variant.num_processes, process_id, 600)
     else:
         request_cpu_devices(config.placement)
-    size, batch_size = flags.FLAGS.image_size, config.train.batch_size
+    size, batch_size = setting.IMAGE_SIZE.value, config.train.batch_size
     image_shape = (size, size, 3)
-    network = configured_network(config, _NUM_CLASSES)
+    network = configured_network(config, setting.NUM_CLASSES)
     if cuts is None:
-        cuts = choose_cuts(config, network, _NUM_CLASSES, image_shape)
+        cuts = choose_cuts(config, network, setting.NUM_CLASSES, image_shape)
     is_cut = config.method.name not in ONE_BLOCK_METHODS
     own_cuts = tuple(cuts) if is_cut else ()
-    classifiers = make_classifiers(config, (config.auxiliary.name,) * len(own_cuts), _NUM_CLASSES)
+    classifiers = make_classifiers(
+        config, (config.auxiliary.name,) * len(own_cuts), setting.NUM_CLASSES
+    )
     heads = tuple(head_for_loss("cross_entropy", head, None) for head in classifiers)
     method = METHODS[config.method.name]
-    loss_fns = make_loss_fns(config.loss, len(own_cuts) + 1, _NUM_CLASSES)
+    loss_fns = make_loss_fns(config.loss, len(own_cuts) + 1, setting.NUM_CLASSES)
     blocks = method.make_blocks(network, own_cuts, heads, loss_fns)
     placements = make_placements(config.placement, len(blocks))
     optimizer = make_optimizer(config.optimizer, 10**6, 10**6)
@@ -303,7 +297,7 @@ def _work(variant: Variant, cuts: list[int] | None, coordinator: str, process_id
     states = init_states(blocks, optimizer, key, image_shape, placements)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((batch_size, *image_shape), np.float32)
-    labels = jax.device_put(rng.integers(0, _NUM_CLASSES, batch_size, np.int32))
+    labels = jax.device_put(rng.integers(0, setting.NUM_CLASSES, batch_size, np.int32))
     images = place(images, placements[0].batch)
     batch = Batch(images, labels)
     tell = lambda **answer: print(json.dumps(answer), flush=True)
@@ -326,7 +320,7 @@ def _work(variant: Variant, cuts: list[int] | None, coordinator: str, process_id
         measure(1)
         tell(cuts=list(cuts), bytes_between_blocks=[x.nbytes for x in inputs[1:-1]])
         for _ in sys.stdin:
-            tell(block_seconds=measure(_STEPS.value))
+            tell(block_seconds=measure(setting.STEPS.value))
         return
 
     runner = method.make_runner(config, blocks, optimizer, key, placements)
@@ -351,14 +345,14 @@ def _work(variant: Variant, cuts: list[int] | None, coordinator: str, process_id
             ends.append(time.perf_counter())
 
         waiting = []
-        for number in (more, _STEPS.value):
+        for number in (more, setting.STEPS.value):
             waiting.append(threading.Thread(target=note_end, args=(steps(number),)))
             waiting[-1].start()
         steps(more)
         for thread in waiting:
             thread.join()
         jax.block_until_ready(state)
-        return (max(ends) - min(ends)) / _STEPS.value
+        return (max(ends) - min(ends)) / setting.STEPS.value
 
     jax.block_until_ready(steps(more))
     tell(cuts=list(cuts))
@@ -392,36 +386,25 @@ def dispatch(folder: pathlib.Path) -> list[str]:
         batch = Batch(*jax.device_put(arrays, placements[0].batch))
         state, tasks = TrainState(states), synchronous(num_blocks, 10**9).tasks(0)
         seconds = []
-        for _ in range(_ROUNDS.value + 1):
+        for _ in range(setting.ROUNDS.value + 1):
             start = time.perf_counter()
             for _ in range(_DISPATCH_STEPS):
                 state, _ = runner.step(state, next(tasks), lambda step: batch)  # noqa: B023
             jax.block_until_ready(state)
             seconds.append((time.perf_counter() - start) / _DISPATCH_STEPS)
         rows.append({"num_blocks": num_blocks, "step_seconds": seconds[1:]})  # The first compiles.
-    content = machine() | {"rows": rows}
-    (folder / "dispatch.json").write_text(json.dumps(content, indent=2) + "\n")
+    content = setting.machine() | {"rows": rows}
     lines = ["| K | step, µs (least to most) | per block, µs |", "|---|---|---|"]
     for row in rows:
-        median, *ends = (1e6 * f(row["step_seconds"]) for f in (statistics.median, min, max))
-        spread = f"{median:.0f} ({ends[0]:.0f} to {ends[1]:.0f})"
-        lines.append(f"| {row['num_blocks']} | {spread} | {median / row['num_blocks']:.0f} |")
+        micros = [1e6 * seconds for seconds in row["step_seconds"]]
+        per_block = statistics.median(micros) / row["num_blocks"]
+        lines.append(f"| {row['num_blocks']} | {setting.spread(micros, '.0f')} | {per_block:.0f} |")
     notes = (
-        f"{content['num_cpus']} CPUs, jax {content['jax']}, Python {content['python']}. Blocks of "
-        "one Dense(1) layer and a head, a batch of one number, each on a CPU device of its own; "
-        f"medians of {_ROUNDS.value} rounds of {_DISPATCH_STEPS} steps."
+        f"{setting.on_what(content)}. Blocks of one Dense(1) layer and a head, a batch of one "
+        f"number, each on a CPU device of its own; medians of {setting.ROUNDS.value} rounds of "
+        f"{_DISPATCH_STEPS} steps."
     )
-    text = "\n\n".join(["\n".join(lines), notes, f"    {content['command']}\n"])
-    (folder / "dispatch.md").write_text("# The host's part of a step\n\n" + text)
-    print("\n".join(lines))
+    table = "\n".join(lines)
+    setting.write(folder, "dispatch", content, "The host's part of a step", [table, notes])
+    print(table)
     return []
-
-
-def machine() -> dict[str, Any]:
-    """What stands beside every figure: the command, and what it ran on."""
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "num_cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
