@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from dgl_jax.losses import LossFn, logits_of
+from dgl_jax.models.equal_layers import equal_layers, scan_layers, stack, unstack
 from dgl_jax.models.network import apply_module, init_module
 from dgl_jax.types import BlockState, Params, StepOutput
 
@@ -35,6 +36,9 @@ class Block:
         learns from a gradient that comes from above.
       loss_fn: maps the head's output and the labels to a scalar.
       classifies: whether the head's output has logits.
+      scan_layers: whether runs of equal layers are loops, which compile faster.
+      remat: whether the backward pass computes each layer again from its input, instead of
+        keeping what is inside it: less memory, more time.
     """
 
     index: int
@@ -43,6 +47,8 @@ class Block:
     head: Any
     loss_fn: LossFn | None
     classifies: bool = True
+    scan_layers: bool = False
+    remat: bool = False
 
 
 def init_block_state(
@@ -81,6 +87,14 @@ def init_block_state(
 def head_key(key: jax.Array, layer: int) -> jax.Array:
     """The random key from which a head on top of a layer is initialised."""
     return jax.random.fold_in(jax.random.fold_in(key, _HEAD_KEY), layer)
+
+
+def block_key(key: jax.Array, block: Block) -> jax.Array:
+    """The block's own random key, from the run's; its place in the network is in nothing else.
+
+    So blocks that compute the same can share one program.
+    """
+    return jax.random.fold_in(key, block.index)
 
 
 def forward(
@@ -130,14 +144,21 @@ def forward_layers(
     Returns:
       ``(activations, batch_stats)``.
     """
-    after = []
-    for offset, layer in enumerate(block.layers):
-        layer_key = None if key is None else jax.random.fold_in(key, offset)
-        x, stats = apply_module(
-            layer, params[offset], batch_stats[offset], x, train=train, key=layer_key
-        )
-        after.append(stats)
-    return x, tuple(after)
+    places = range(len(block.layers))
+    keys = [None if key is None else jax.random.fold_in(key, place) for place in places]
+    runs = [(place, place + 1) for place in places]
+    if block.scan_layers:
+        runs = equal_layers(block.layers, params, batch_stats, x)
+
+    def run_layer(place, x, layer):
+        params, stats, key = layer
+        return apply_module(block.layers[place], params, stats, x, train=train, key=key)
+
+    if block.remat:
+        run_layer = jax.checkpoint(run_layer, static_argnums=0)
+    layers = stack(runs, list(zip(params, batch_stats, keys, strict=True)))
+    x, after = scan_layers(runs, run_layer, x, layers)
+    return x, tuple(unstack(runs, after))
 
 
 def make_block_step(
@@ -156,14 +177,14 @@ def make_block_step(
 
     Returns:
       ``step``, whose arguments are the block's state, its input [B, ...], the labels int32
-      [B], and the run's random key.
+      [B], and `block_key` of the block.
 
     Source: DGL, Algorithm 1.
     Deviation: none.
     """
 
     def step(state: BlockState, x: jax.Array, labels: jax.Array, key: jax.Array) -> StepOutput:
-        step_key = jax.random.fold_in(jax.random.fold_in(key, block.index), state.step)
+        step_key = jax.random.fold_in(key, state.step)
 
         def local_loss(params):
             activations, output, batch_stats = forward(

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -35,6 +36,13 @@ _CONNECT_TIMEOUT = flags.DEFINE_float(
 )
 _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "heartbeat_timeout_s", 60, "A machine silent for so long counts as dead.", lower_bound=5
+)
+
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "dgl_jax"),
+    "The folder of compiled programs, for the next run; empty for none. The environment's "
+    "JAX_COMPILATION_CACHE_DIR goes first.",
 )
 
 
@@ -64,6 +72,7 @@ def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
                 if not flags.FLAGS[name].value:
                     raise UserError(f"--{name} is missing; try --help")
             config = from_dict(_CONFIG.value.to_dict(), config_class)
+            use_compilation_cache(_COMPILATION_CACHE.value)
             _join_processes()
             main(config, _WORKDIR.value)
             distributed.finish()
@@ -84,6 +93,12 @@ def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
             )
 
     app.run(run_main, flags_parser=parse_flags)
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps programs that took a second or longer to compile, unless the environment says where."""
+    if folder and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _join_processes() -> None:

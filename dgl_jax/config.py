@@ -71,6 +71,8 @@ class NetworkConfig:
     dropout: float = 0.0
     # What layers and heads compute in; parameters, statistics and losses stay float32.
     dtype: str = "float32"
+    # Whether runs of equal layers are loops: a deep network compiles faster.
+    scan_layers: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,8 @@ class PartitionConfig:
     num_blocks: int = 0
     # For explicit: the 0-based layers after which to cut.
     cuts: tuple[int, ...] = ()
-    # For balanced and max_imbalance: what a layer costs, its "flops" or its measured "time".
+    # For balanced and max_imbalance: what a layer costs, its "flops", its measured "time", or the
+    # "memory" that its backward pass keeps.
     cost: str = "flops"
     # The file of a search's result (sedona/result.py). Where one is given, it decides the cuts
     # whatever strategy and cuts say: `from_dict` sets strategy to from_search.
@@ -201,6 +204,10 @@ class TrainConfig:
     num_epochs: float = 50.0
     # Between two lines of training metrics.
     log_every_steps: int = 20
+    # Steps that are one program, which makes their batches itself: the host is idle meanwhile.
+    steps_per_call: int = 1
+    # Blocks whose layers are computed again in the backward pass: less memory, more time.
+    remat_blocks: tuple[int, ...] = ()
     # Each block's gradient norm, and the running sum of learning rate x its square.
     log_gradient_norm: bool = False
 
@@ -338,6 +345,8 @@ _METHODS = (
 ONE_BLOCK_METHODS = ("backprop", "data_parallel")
 # Those whose blocks have auxiliary heads and local losses.
 LOCAL_METHODS = ("dgl", "sequential", "async_dgl", "async_dgl_parallel")
+# Those whose steps can be one program.
+_IN_ONE_PROGRAM = ("backprop", "data_parallel", "dgl", "sequential")
 _NOT_TRACED = ("async_dgl", "async_dgl_parallel", "dni", "cdni")
 _LOSSES = ("cross_entropy", "pred", "sim", "predsim")
 
@@ -351,7 +360,7 @@ _CHOICES = {
     "replay.warm_up": ("none", "once", "official"),
     "replay.accounting": ("exact", "official"),
     "partition.strategy": ("uniform", "explicit", "per_layer", "balanced", "from_search"),
-    "partition.cost": ("flops", "time"),
+    "partition.cost": ("flops", "memory", "time"),
     "network.form": ("cifar", "tiny_imagenet", "imagenet"),
     "network.dtype": ("float32", "bfloat16"),
     "loss.name": _LOSSES,
@@ -402,6 +411,7 @@ _MINIMUM = {
     "train.num_steps": (0, True),
     "train.num_epochs": (0, True),
     "train.log_every_steps": (1, True),
+    "train.steps_per_call": (1, True),
     "eval.every_epochs": (0, False),
     "eval.batch_size": (1, True),
     "eval.ensemble_last": (1, True),
@@ -746,6 +756,8 @@ def _check_together(config: Config) -> None:
             f"config.train.num_steps={train.num_steps} and config.train.num_epochs="
             f"{train.num_epochs:g}: exactly one must be positive; set the other to 0"
         )
+    if train.steps_per_call > 1:
+        _check_steps_per_call(config)
     is_data_parallel = config.method.name == "data_parallel"
     field, split = "data_parallel", placement.data_parallel
     if is_data_parallel:
@@ -794,6 +806,23 @@ def _check_together(config: Config) -> None:
             "set config.partition.strategy=explicit"
         )
     _check_optimizer_and_data(config.optimizer, config.data)
+
+
+def _check_steps_per_call(config: Config) -> None:
+    train, field = config.train, f"config.train.steps_per_call={config.train.steps_per_call}"
+    if config.method.name not in _IN_ONE_PROGRAM or config.placement.kind != "fused":
+        raise UserError(
+            f"{field} is for config.placement.kind=fused and config.method.name one of "
+            f"{', '.join(_IN_ONE_PROGRAM)}; leave it at 1"
+        )
+    if config.trace:
+        raise UserError(f"{field}: config.trace=True shows single steps; leave one of them out")
+    if train.log_every_steps % train.steps_per_call:
+        size = train.steps_per_call
+        raise UserError(
+            f"config.train.log_every_steps={train.log_every_steps} must be a multiple of {field}; "
+            f"try {-(-train.log_every_steps // size) * size}"
+        )
 
 
 def _check_microbatches(config: Config) -> None:

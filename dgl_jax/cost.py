@@ -103,8 +103,9 @@ def layer_and_head_costs(
         or a sequence of L - 1, one for each layer where a block may end.
       image_shape: the shape of one example.
       batch_size: of the measurement; has no effect on ``flops``.
-      kind: ``flops`` (forward, one example) or ``time`` (seconds of a training pass, forward
-        and backward of one batch, measured on the first device).
+      kind: ``flops`` (forward, one example), ``time`` (seconds of a training pass, forward
+        and backward of one batch, measured on the first device) or ``memory`` (bytes that a
+        training pass keeps for its backward pass, of one example).
 
     Returns:
       Two lists of L costs.
@@ -114,6 +115,8 @@ def layer_and_head_costs(
 
         def measure(module, x):
             return _module_cost(module, x)[0]
+    elif kind == "memory":
+        shape, measure = (1, *image_shape), _kept_bytes
     else:
         shape = (batch_size, *image_shape)
         measure = _training_seconds
@@ -201,6 +204,24 @@ def _module_cost(module: Any, x: jax.ShapeDtypeStruct) -> tuple[float, int, jax.
         count_parameters(params),
         jax.eval_shape(run, params, batch_stats, x),
     )
+
+
+def _kept_bytes(module: Any, x: jax.ShapeDtypeStruct) -> float:
+    """What the backward pass of an example needs of its forward pass, as JAX writes it down."""
+    params, batch_stats = _variables(module, x)
+
+    def pullback(params, x):
+        run = lambda params, x: apply_module(
+            module, params, batch_stats, x, train=True, key=jax.random.key(0)
+        )
+        return jax.vjp(run, params, x, has_aux=True)[1]
+
+    def kept(batch_size):
+        batch = jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype)
+        leaves = jax.tree.leaves(jax.eval_shape(pullback, params, batch))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    return float(kept(2) - kept(1))  # What does not grow with the batch is not the example's.
 
 
 def _training_seconds(module: Any, x: jax.ShapeDtypeStruct, repeats: int = 5) -> float:

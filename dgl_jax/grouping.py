@@ -4,6 +4,7 @@ What `config.partition`, `config.auxiliary` and `config.placement` ask for: by a
 from a search.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,9 +21,10 @@ from dgl_jax.auxiliary import (
     make_heads,
     options_that_apply,
 )
+from dgl_jax.block import Block
 from dgl_jax.config import LOCAL_METHODS, ONE_BLOCK_METHODS, Config, SearchConfig
 from dgl_jax.errors import UserError
-from dgl_jax.losses import local_losses
+from dgl_jax.losses import local_losses, make_loss_fns
 from dgl_jax.methods import METHODS
 from dgl_jax.models import make_network
 from dgl_jax.models.network import Network
@@ -167,6 +169,43 @@ def make_classifiers(config: Config, names: Sequence[str], num_classes: int) -> 
     # Without cuts, too, a mistake in the one name is found.
     made = names or (config.auxiliary.name,)
     return make_heads(made, num_classes, dtype=compute_dtype(config), **options)[: len(names)]
+
+
+def configured_blocks(
+    config: Config,
+    network: Network,
+    cuts: Sequence[int],
+    head_names: Sequence[str],
+    num_classes: int,
+) -> tuple[Block, ...]:
+    """The blocks that the configured method makes of a network.
+
+    Args:
+      config: its method, loss, heads' options, and how blocks are computed.
+      network: of `configured_network`.
+      cuts: of `choose_cuts_heads_and_devices`.
+      head_names: likewise, one a cut.
+      num_classes: of the data set.
+
+    Raises:
+      UserError: as `make_classifiers`, or if ``train.remat_blocks`` names a block that is none.
+    """
+    losses = local_losses(config.loss, len(cuts) + 1)
+    classifiers = make_classifiers(config, head_names, num_classes)
+    heads = tuple(map(head_for_loss, losses, classifiers, itertools.repeat(compute_dtype(config))))
+    loss_fns = make_loss_fns(config.loss, len(cuts) + 1, num_classes)
+    blocks = METHODS[config.method.name].make_blocks(network, cuts, heads, loss_fns)
+    remat = config.train.remat_blocks
+    for block in remat:
+        if not 0 <= block < len(blocks):
+            raise UserError(
+                f"config.train.remat_blocks={remat}: {block} must be one of the {len(blocks)} "
+                f"block(s); use 0 to {len(blocks) - 1}"
+            )
+    scan = config.network.scan_layers
+    return tuple(
+        dataclasses.replace(block, scan_layers=scan, remat=block.index in remat) for block in blocks
+    )
 
 
 def configured_network(config: Config | SearchConfig, num_classes: int) -> Network:

@@ -180,6 +180,8 @@ def make_loss_fns(config: LossConfig, num_blocks: int, num_classes: int) -> tupl
       asked for.
     """
     names = (*local_losses(config, num_blocks), "cross_entropy")
-    return tuple(
-        make_loss_fn(dataclasses.replace(config, name=name), num_classes) for name in names
-    )
+    made = {  # Blocks with the same loss have the same function: they may share a program.
+        name: make_loss_fn(dataclasses.replace(config, name=name), num_classes)
+        for name in dict.fromkeys(names)
+    }
+    return tuple(made[name] for name in names)

@@ -118,18 +118,22 @@ class TrainingLog:
         self._totals, self._in_step = totals, in_step
         self._unread = collections.deque()
 
-    def append(self, step: int, block_metrics: Mapping[int, Mapping[str, Any]]) -> None:
-        """Takes the metrics of step number `step` (from 1).
+    def append(
+        self, step: int, block_metrics: Mapping[int, Mapping[str, Any]], num_steps: int = 1
+    ) -> None:
+        """Takes the metrics of the steps up to number `step` (from 1).
 
         Args:
-          step: from 1.
-          block_metrics: scalars of each block that made an update, by the block's index;
-            among them ``updates``, the number it has made.
+          step: from 1, the last of them.
+          block_metrics: of each block that made an update, by the block's index; a number or
+            [num_steps]. Among them ``updates``, the number it has made.
+          num_steps: how many steps they are of.
         """
         self._unread.append((step, block_metrics))
-        self._bar.update(self._batch_size)
-        if step % self._every_steps == 0 and len(self._unread) > self._every_steps:
-            self._read(len(self._unread) - self._every_steps)
+        self._bar.update(num_steps * self._batch_size)
+        if step % self._every_steps == 0:
+            last = step - self._every_steps
+            self._read(sum(1 for unread, _ in self._unread if unread <= last))
 
     def flush(self) -> None:
         """Waits for all steps taken so far and writes their metrics.
@@ -149,15 +153,22 @@ class TrainingLog:
         columns, line = {}, {}
         for (step, _), row in zip(rows, values):
             for block, scalars in row.items():
-                if "loss" in scalars and not np.isfinite(scalars["loss"]):
-                    raise not_finite_error(f"block_{block}/loss={scalars['loss']}", step)
-                learning_rate = self._learning_rates[scalars["updates"] - 1]
-                for name, value in scalars.items():
-                    columns.setdefault((block, name), []).append(value)
+                scalars = {name: np.atleast_1d(value) for name, value in scalars.items()}
+                finite = np.isfinite(scalars.get("loss", 0.0))
+                if not np.all(finite):
+                    first = np.argmin(finite)
+                    raise not_finite_error(
+                        f"block_{block}/loss={scalars['loss'][first]}",
+                        step - len(finite) + 1 + int(first),
+                    )
+                learning_rates = self._learning_rates[scalars["updates"] - 1]
+                for name, values_of_steps in scalars.items():
+                    columns.setdefault((block, name), []).extend(values_of_steps)
                 if "gradient_norm" in scalars:
                     name = f"train/block_{block}/sum_learning_rate_gradient_norm_squared"
-                    added = float(learning_rate * scalars["gradient_norm"] ** 2)
-                    line[name] = self._totals[name] = self._totals.get(name, 0.0) + added
+                    for rate, norm in zip(learning_rates, scalars["gradient_norm"]):
+                        added = float(rate * norm**2)
+                        line[name] = self._totals[name] = self._totals.get(name, 0.0) + added
         if not columns:
             return  # Only blocks that have finished had their turn, to feed the others.
         step = rows[-1][0]
@@ -171,7 +182,7 @@ class TrainingLog:
             line["train/learning_rate"] = float(self._learning_rates[step - 1])
         else:
             for block, made in updates.items():
-                line[f"train/block_{block}/updates"] = made
+                line[f"train/block_{block}/updates"] = int(made)
                 line[f"train/block_{block}/learning_rate"] = float(self._learning_rates[made - 1])
         line["train/epoch"] = step / self._steps_per_epoch
         self._writer.write(step, line)

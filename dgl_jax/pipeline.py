@@ -12,11 +12,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dgl_jax import trace
-from dgl_jax.block import Block, init_block_state, make_block_eval, make_block_feed, make_block_step
+from dgl_jax.block import (
+    Block,
+    block_key,
+    init_block_state,
+    make_block_eval,
+    make_block_feed,
+    make_block_step,
+)
 from dgl_jax.config import Config, PlacementConfig
+from dgl_jax.data.dataset import DeviceStream
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import FEED, UPDATE, Task
 from dgl_jax.transfer import announce, is_local, move, place, stand_in
@@ -24,6 +33,9 @@ from dgl_jax.types import Batch, BlockState, Metrics, StepOutput, TrainState
 
 BatchAt = Callable[[int], Batch]
 Step = Callable[[TrainState, Sequence[Task], BatchAt], tuple[TrainState, dict[int, Metrics]]]
+Steps = Callable[
+    [TrainState, Sequence[Sequence[Task]], DeviceStream], tuple[TrainState, dict[int, Metrics]]
+]
 Logits = Callable[[Sequence[BlockState], jax.Array], dict[int, jax.Array]]
 
 
@@ -35,6 +47,9 @@ class Runner:
       step: ``step(state, tasks, batch_at) -> (state, metrics)``, the tasks of one step of a
         schedule; the state passed in is donated. Metrics are scalars of each block that made
         an update, by the block's index.
+      steps: ``steps(state, tasks_of_steps, stream) -> (state, metrics)``, several steps of the same
+        operations, all in one epoch, as one program that takes its batches from a `DeviceStream`;
+        metrics are [n]. None where a runner has no such program.
       logits: ``logits(block_states, images)``, the logits of each block that classifies, by
         the block's index, in evaluation mode, all on the last block's devices.
       init_memory: ``init_memory(block_states, images)`` makes the state's memory, where the
@@ -51,6 +66,7 @@ class Runner:
     )
     snapshot: Callable[[TrainState], TrainState] = lambda state: state
     close: Callable[[], None] = lambda: None
+    steps: Steps | None = None
 
 
 def init_states(
@@ -138,6 +154,40 @@ def block_program(
     return absent
 
 
+def one_for_equal_blocks(
+    blocks: Sequence[Block],
+    placements: Sequence[BlockPlacement],
+    make: Callable[[Block], Callable[..., Any]],
+) -> list[Callable[..., Any]]:
+    """``make(block)`` for each block, the same function for those that compute the same.
+
+    ``jax.jit`` compiles a function once for all arguments of the same shapes and devices, so blocks
+    of equal shape on the same devices share one program. It is named after all of them.
+
+    Args:
+      blocks: of one network, in order.
+      placements: one a block.
+      make: returns what such blocks compute; it may not depend on their places in the network.
+    """
+    groups: list[list[int]] = []
+    for position, block in enumerate(blocks):
+        for group in groups:
+            first = blocks[group[0]]
+            same_place = dataclasses.replace(
+                block, index=first.index, first_layer=first.first_layer
+            )
+            if same_place == first and placements[position] == placements[group[0]]:
+                group.append(position)
+                break
+        else:
+            groups.append([position])
+    made = {}
+    for group in groups:
+        name = "_".join(["block", *(str(blocks[position].index) for position in group)])
+        made |= dict.fromkeys(group, jax.named_call(make(blocks[group[0]]), name=name))
+    return [made[position] for position in range(len(blocks))]
+
+
 def activation_shapes(
     blocks: Sequence[Block], block_states: Sequence[BlockState], images: jax.ShapeDtypeStruct
 ) -> list[jax.ShapeDtypeStruct]:
@@ -181,6 +231,46 @@ def make_logits(blocks: Sequence[Block], placements: Sequence[BlockPlacement]) -
     return logits
 
 
+def make_fused_step(
+    blocks: Sequence[Block],
+    optimizer: optax.GradientTransformation,
+    operations: Sequence[tuple[int, str]],
+    *,
+    log_gradient_norm: bool = False,
+) -> Callable[..., tuple[tuple[BlockState, ...], dict[int, Metrics]]]:
+    """Returns one step of all blocks, each block's backward pass right after its forward pass.
+
+    So a block's activations can die before the next block runs: less memory than backprop.
+
+    Args:
+      blocks: of one network, in order.
+      optimizer: as in `init_states`.
+      operations: (block, `UPDATE` or `FEED`), in order.
+      log_gradient_norm: as in `make_block_step`.
+
+    Returns:
+      ``step(states, batch, keys) -> (states, metrics)``, pure; ``keys`` are `block_key` of each.
+    """
+    updates = [
+        make_block_step(block, optimizer, log_gradient_norm=log_gradient_norm) for block in blocks
+    ]
+    feeds = [make_block_feed(block) for block in blocks]
+
+    def step(states, batch, keys):
+        states, metrics, x = list(states), {}, batch.images
+        for block, operation in operations:
+            with jax.named_scope(f"block_{block}"):
+                if operation == UPDATE:
+                    output = updates[block](states[block], x, batch.labels, keys[block])
+                    states[block], x = output.state, output.activations
+                    metrics[block] = output.metrics
+                else:
+                    x = feeds[block](states[block], x)
+        return tuple(states), metrics
+
+    return step
+
+
 def make_fused_runner(
     config: Config,
     blocks: Sequence[Block],
@@ -188,10 +278,7 @@ def make_fused_runner(
     key: jax.Array,
     placements: Sequence[BlockPlacement],
 ) -> Runner:
-    """All blocks in one program on one mesh.
-
-    Each block's backward pass stands right after its forward pass, so its activations can
-    die before the next block runs: less memory than backprop.
+    """All blocks in one program on one mesh, see `make_fused_step`.
 
     Args:
       config: its placement and what it logs.
@@ -200,40 +287,53 @@ def make_fused_runner(
       key: the run's random key.
       placements: all of one mesh.
     """
-    log_norm = config.train.log_gradient_norm
-    updates = [make_block_step(block, optimizer, log_gradient_norm=log_norm) for block in blocks]
-    feeds = [make_block_feed(block) for block in blocks]
+    make_step = functools.partial(
+        make_fused_step, blocks, optimizer, log_gradient_norm=config.train.log_gradient_norm
+    )
     placement = placements[0]
-    key = place(key, placement.state)
+    keys = [place(block_key(key, block), placement.state) for block in blocks]
+
+    # Outputs are pinned to where inputs live: the compiler must not choose anew each step.
+    make_program = functools.partial(
+        block_program, placement=placement, out_shardings=placement.state, donate_argnums=0
+    )
 
     # A program for each list of operations: one in synchronous training, K in sequential.
     @functools.cache
     def program(operations):
-        def step(states, batch, key):
-            states, metrics, x = list(states), {}, batch.images
-            for block, operation in operations:
-                with jax.named_scope(f"block_{block}"):
-                    if operation == UPDATE:
-                        output = updates[block](states[block], x, batch.labels, key)
-                        states[block], x = output.state, output.activations
-                        metrics[block] = output.metrics
-                    else:
-                        x = feeds[block](states[block], x)
-            return tuple(states), metrics
+        return make_program(make_step(operations), traced=(operations[-1][0], UPDATE))
 
-        # Outputs are pinned to where inputs live: the compiler must not choose anew each step.
-        traced = (operations[-1][0], UPDATE)
-        return block_program(step, placement, placement.state, traced=traced, donate_argnums=0)
+    @functools.cache
+    def program_of_steps(operations, num_steps, make_batch):
+        one_step = make_step(operations)
+
+        def steps(states, source, first_step, keys):
+            body = lambda states, step: one_step(states, make_batch(source, step), keys)
+            return jax.lax.scan(body, states, first_step + jnp.arange(num_steps, dtype=jnp.int32))
+
+        return make_program(steps)
+
+    def operations_of(tasks):
+        return tuple((task.block, task.operation) for task in tasks)
 
     def step(state, tasks, batch_at):
-        operations = tuple((task.block, task.operation) for task in tasks)
         batch = batch_at(tasks[0].batch)
         batch = batch.replace(labels=place(batch.labels, placement.batch))
-        states, metrics = program(operations)(state.blocks, batch, key)
+        states, metrics = program(operations_of(tasks))(state.blocks, batch, keys)
         return TrainState(states, state.memory), metrics
 
+    def steps(state, tasks_of_steps, stream):
+        first = tasks_of_steps[0]
+        run = program_of_steps(operations_of(first), len(tasks_of_steps), stream.batch)
+        first_step = place(np.int32(first[0].batch), placement.state)
+        source = stream.source_at(first[0].batch)
+        states, metrics = run(state.blocks, source, first_step, keys)
+        return TrainState(states, state.memory), metrics
+
+    max_in_flight = steps_in_flight(config.placement, placements)
     return Runner(
-        step=bound_in_flight(step, steps_in_flight(config.placement, placements)),
+        step=bound_in_flight(step, max_in_flight),
+        steps=bound_in_flight(steps, max_in_flight),
         logits=make_logits(blocks, placements),
     )
 
@@ -258,18 +358,20 @@ def make_pipelined_runner(
       placements: one a block.
     """
     log_norm = config.train.log_gradient_norm
+    update_fns = one_for_equal_blocks(
+        blocks,
+        placements,
+        lambda block: make_block_step(block, optimizer, log_gradient_norm=log_norm),
+    )
     updates = [
         block_program(
-            jax.named_call(
-                make_block_step(block, optimizer, log_gradient_norm=log_norm),
-                name=f"block_{block.index}",
-            ),
+            update,
             placement,
             StepOutput(placement.state, placement.batch, placement.state),
             traced=(block.index, UPDATE),
             donate_argnums=0,
         )
-        for block, placement in zip(blocks, placements, strict=True)
+        for block, placement, update in zip(blocks, placements, update_fns, strict=True)
     ]
     feeds = [
         block_program(
@@ -277,7 +379,7 @@ def make_pipelined_runner(
         )
         for block, placement in zip(blocks, placements)
     ]
-    keys = [place(key, placement.state) for placement in placements]
+    keys = [place(block_key(key, block), where.state) for block, where in zip(blocks, placements)]
 
     def step(state, tasks, batch_at):
         states, metrics = list(state.blocks), {}
@@ -329,10 +431,10 @@ def bound_in_flight(step: Step, max_steps_in_flight: int) -> Step:
     """
     in_flight = collections.deque()
 
-    def bounded_step(state, tasks, batch_at):
+    def bounded_step(state, tasks, batches):
         if len(in_flight) == max_steps_in_flight:
             jax.block_until_ready(in_flight.popleft())
-        state, metrics = step(state, tasks, batch_at)
+        state, metrics = step(state, tasks, batches)
         done = metrics
         if jax.process_count() > 1 and metrics:
             # A process that has none of the step's last block hears of its end, and so can't

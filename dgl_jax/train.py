@@ -4,12 +4,11 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,23 +27,21 @@ from dgl_jax import (
     plots,
     trace,
 )
-from dgl_jax.auxiliary import head_for_loss
 from dgl_jax.config import LOCAL_METHODS, Config, to_dict
 from dgl_jax.data import Dataset, describe_dataset, load_dataset, load_dataset_in_parts
 from dgl_jax.errors import UserError, WorkerError, not_finite_error
 from dgl_jax.grouping import (
     choose_cuts_heads_and_devices,
-    compute_dtype,
+    configured_blocks,
     configured_network,
-    make_classifiers,
 )
-from dgl_jax.losses import SIMILARITY_LOSSES, local_losses, make_loss_fns
+from dgl_jax.losses import SIMILARITY_LOSSES, local_losses
 from dgl_jax.methods import METHODS
 from dgl_jax.models import check_image_shape
 from dgl_jax.optim import make_optimizer, make_schedule
 from dgl_jax.pipeline import activation_shapes, init_states
 from dgl_jax.run_folder import previous_run, write_summary
-from dgl_jax.schedule import APPLY, BACKWARD, UPDATE
+from dgl_jax.schedule import APPLY, BACKWARD, UPDATE, Schedule, Task
 from dgl_jax.transfer import fetch, is_local
 from dgl_jax.types import TrainState
 
@@ -97,7 +94,6 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         name=data.name, data_dir=data.data_dir, image_size=data.image_size
     )
     image_shape, num_classes = description.image_shape, description.num_classes
-    dtype = compute_dtype(config)
     network = configured_network(config, num_classes)
     check_image_shape(network, image_shape)
     # Costs that are measured differ from process to process.
@@ -113,12 +109,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
             )
         ),
     )
-    losses = local_losses(config.loss, len(cuts) + 1)
-    aux_classifiers = make_classifiers(config, head_names, num_classes)
-    heads = tuple(map(head_for_loss, losses, aux_classifiers, itertools.repeat(dtype)))
-    loss_fns = make_loss_fns(config.loss, len(cuts) + 1, num_classes)
     method = METHODS[config.method.name]
-    blocks = method.make_blocks(network, cuts, heads, loss_fns)
+    blocks = configured_blocks(config, network, cuts, head_names, num_classes)
     num_blocks = len(blocks)
     placements = placement.make_placements(config.placement, num_blocks, devices_per_block)
     placement.check_every_process_has_a_block(placements)
@@ -133,7 +125,15 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
             f"an epoch has {steps_per_epoch} steps"
         )
     if not previous:
+        losses = local_losses(config.loss, len(cuts) + 1)
         _check_first_batch(losses, dataset, config.train.batch_size)
+
+    steps_per_call = config.train.steps_per_call
+    if steps_per_call > 1 and (dataset.stream is None or distributed.num_processes() > 1):
+        raise UserError(
+            f"config.train.steps_per_call={steps_per_call} needs one process and data that lies "
+            "whole on its devices; leave it at 1"
+        )
 
     # ---- In what order they run. A step is one turn of the schedule, an epoch of it the steps
     # in which every block sees every image once, on average.
@@ -246,40 +246,48 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         stack.enter_context(checkpointer)
         stack.enter_context(jax.transfer_guard("disallow"))
         first_traced = step + trace.FIRST_STEP
-        last_traced = first_traced + trace.NUM_STEPS
-        for tasks in schedule.tasks(step):
+        last_traced, is_profiled = first_traced + trace.NUM_STEPS, False
+        for tasks_of_steps in _calls(schedule, step, steps_per_call, steps_per_epoch):
+            tasks = tasks_of_steps[0]
             if recorder or config.profile:
                 is_traced = first_traced <= step < last_traced
                 if recorder:
                     recorder.begin_step(step if is_traced else None)
-                if config.profile and step == first_traced:
+                if config.profile and is_traced and not is_profiled:
+                    is_profiled = True
                     jax.profiler.start_trace(os.path.join(workdir, "profile"))
                     stack.callback(_stop_profile)
-                if config.profile and step == last_traced:
+                if config.profile and step >= last_traced:
                     _stop_profile()
             step_start, compiled = time.perf_counter(), metrics.compile_seconds()
             try:
-                state, step_metrics = runner.step(state, tasks, dataset.batch_at)
+                if len(tasks_of_steps) > 1:
+                    state, step_metrics = runner.steps(state, tasks_of_steps, dataset.stream)
+                else:
+                    state, step_metrics = runner.step(state, tasks, dataset.batch_at)
             except WorkerError:  # What all blocks have done is kept.
                 log.flush()
                 if checkpointer.latest is None or checkpointer.latest.step < step:
                     save(step, runner.snapshot(state))
                 raise
-            step += 1
+            num_done = len(tasks_of_steps)
+            step += num_done
             for task in tasks:
                 if task.operation in (UPDATE, BACKWARD, APPLY) and task.block in step_metrics:
+                    made = np.arange(task.turn + 1, task.turn + 1 + num_done)
                     # A new dict: stand-ins are the same ones in every step.
-                    step_metrics[task.block] = step_metrics[task.block] | {"updates": task.turn + 1}
-            log.append(step, step_metrics)
+                    step_metrics[task.block] = step_metrics[task.block] | {"updates": made}
+            log.append(step, step_metrics, num_steps=num_done)
             if clock is None or metrics.compile_seconds() > compiled:
                 # A step that compiles is not timed; sequential has one for every block.
                 if clock is not None:
                     record["train_seconds"] += step_start - clock
-                    record["timed_steps"] += step - 1 - clock_step
+                    record["timed_steps"] += step - num_done - clock_step
                 jax.block_until_ready(step_metrics)
                 clock, clock_step = time.perf_counter(), step
-            is_eval = step % eval_every == 0 or step == num_steps
-            is_checkpoint = is_eval or step % checkpoint_every == 0
+            is_due = lambda every: step // every > (step - num_done) // every  # noqa: B023
+            is_eval = is_due(eval_every) or step == num_steps
+            is_checkpoint = is_eval or is_due(checkpoint_every)
             if is_checkpoint:
                 log.flush()
                 now = time.perf_counter()
@@ -377,6 +385,28 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     plots.plot_run(workdir, summary)
     write_summary(workdir, summary)  # Last: a run is finished when all its files are there.
     return summary
+
+
+def _calls(
+    schedule: Schedule, step: int, steps_per_call: int, steps_per_epoch: int
+) -> Iterator[list[Sequence[Task]]]:
+    """The steps from ``step`` on, in lists: each is what one call of a program does.
+
+    A list has ``steps_per_call`` steps, from a multiple of it on, of the same operations in one
+    epoch; where that can't be, it has one. A run that is gone on with has the same lists.
+    """
+    waiting = []
+    for tasks in schedule.tasks(step):
+        waiting.append(tasks)
+        end = step + len(waiting)
+        if end % steps_per_call and end % steps_per_epoch and end != schedule.num_steps:
+            continue
+        operations = [[(task.block, task.operation) for task in tasks] for tasks in waiting]
+        if len(waiting) == steps_per_call and all(other == operations[0] for other in operations):
+            yield waiting
+        else:
+            yield from ([tasks] for tasks in waiting)
+        step, waiting = end, []
 
 
 def _speed_ups(

@@ -5,6 +5,9 @@
 DIR/WHAT.json and DIR/WHAT.md get the result. Images are random. Everything that is compared takes
 turns in one run; figures are medians over --rounds, beside the least and the most. WHAT is
 
+- step: a step of DGL beside backprop's, on one device, and beside PyTorch's;
+- memory: what a step of DGL needs beside backprop's, from the compiler;
+- compile: the time until the first step is done, with and without a cache of programs;
 - sedona: one outer step of SEDONA's search;
 - parallel: K blocks on K cores, and what one would do instead;
 - dispatch: the host's part of a step, with blocks that compute next to nothing.
@@ -18,7 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
-from benchmarks import parallel, sedona
+from benchmarks import compilation, memory, parallel, sedona, step
 
 from dgl_jax.errors import UserError
 
@@ -26,6 +29,9 @@ _OUT = flags.DEFINE_string("out", None, "The folder of the results.")
 
 # Each writes its results to a folder, and returns what failed unexpectedly, a line each.
 _SUBCOMMANDS = {
+    "step": step.step,
+    "memory": memory.memory,
+    "compile": compilation.compilation,
     "sedona": sedona.sedona,
     "parallel": parallel.parallel,
     "dispatch": parallel.dispatch,

@@ -31,7 +31,7 @@ from dgl_jax.sedona.hypergradient import (
     make_hypergradient,
     validation_loss,
 )
-from dgl_jax.sedona.inner import blended_gradient, equal_layers, make_inner_step
+from dgl_jax.sedona.inner import blended_gradient, layer_runs, make_inner_step
 from dgl_jax.sedona.outer import OuterState, make_outer_optimizer, make_outer_step
 from dgl_jax.sedona.relaxation import (
     DecisionVariables,
@@ -405,7 +405,7 @@ def test_a_gradient_scaled_on_its_way_has_the_same_value_and_a_wrong_derivative(
 
 def test_equal_layers_are_one_loop_and_remat_changes_nothing(smooth, computed):
     state, x = smooth.state, smooth.batches[0].images
-    runs = equal_layers(smooth.network, state.params, state.batch_stats, x)
+    runs = layer_runs(smooth.network, state.params, state.batch_stats, x)
     assert runs == [(0, 3), (3, 4)]
     kept = _compute(smooth, ESTIMATORS["unrolled"], 2, remat=False)
     assert _error(kept, computed("unrolled", 2)) < 1e-10

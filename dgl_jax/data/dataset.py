@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,20 @@ EVAL_SPLITS = ("test", "validation", "train")
 SPLIT, SHUFFLE, AUGMENT = 0, 1, 2
 
 EvalBatch = tuple[jax.Array, jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceStream:
+    """Training batches that a program makes itself, many in a loop, from data on the device.
+
+    Attributes:
+      source_at: ``source_at(step)``: the arrays that the batches of that step's epoch are made of.
+      batch: ``batch(source, step) -> Batch``, with an int32 scalar; pure, the numbers of
+        `Dataset.batch_at`.
+    """
+
+    source_at: Callable[[int], Any]
+    batch: Callable[[Any, jax.Array], Batch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +54,8 @@ class Dataset:
         eval_batch_size; the last is padded and its padding has mask 0, so sums over the mask
         are exact. Examples come in stored order.
       close: ends the processes and threads that read ahead; calling batch_at starts them anew.
+      stream: the training batches for a program of many steps; None where the set does not lie
+        on the device.
     """
 
     name: str
@@ -51,6 +68,7 @@ class Dataset:
     batch_at: Callable[[int], Batch]
     eval_batches: Callable[[str], Iterator[EvalBatch]]
     close: Callable[[], None]
+    stream: DeviceStream | None = None
 
 
 def split_validation(

@@ -15,6 +15,7 @@ from dgl_jax.data.dataset import (
     AUGMENT,
     SHUFFLE,
     Dataset,
+    DeviceStream,
     EvalBatch,
     check_eval_split,
     check_step,
@@ -163,16 +164,20 @@ def make_dataset(
     )
     steps_per_epoch = len(train_index) // batch_size
     whole, labels = shardings.replicated(sharding), shardings.batch_axis_only(sharding)
-    batch_fn = jax.jit(
-        functools.partial(
-            batch_from,
+    batch_shardings = Batch(images=sharding, labels=labels)
+
+    def make_batch(source, step: jax.Array) -> Batch:
+        batch = batch_from(
+            *source,
+            step,
             batch_size=batch_size,
             augment=augment,
             crop_padding=crop_padding,
             flip=flip,
-        ),
-        out_shardings=Batch(images=sharding, labels=labels),
-    )
+        )
+        return jax.lax.with_sharding_constraint(batch, batch_shardings)
+
+    batch_fn = jax.jit(make_batch, out_shardings=batch_shardings)
     eval_fn = jax.jit(
         functools.partial(eval_batch_from, batch_size=eval_batch_size),
         out_shardings=(sharding, labels, labels),
@@ -203,10 +208,12 @@ def make_dataset(
             )
         return orders[epoch]
 
+    def source_at(step: int):
+        return key, train, order_of(step // steps_per_epoch)
+
     def batch_at(step: int) -> Batch:
         check_step(step)
-        order = order_of(step // steps_per_epoch)
-        return batch_fn(key, train, order, shardings.put(np.int32(step), whole))
+        return batch_fn(source_at(step), shardings.put(np.int32(step), whole))
 
     def eval_batches(split: str) -> Iterator[EvalBatch]:
         check_eval_split(split, len(validation_index))
@@ -227,4 +234,5 @@ def make_dataset(
         batch_at=batch_at,
         eval_batches=eval_batches,
         close=lambda: None,
+        stream=DeviceStream(source_at, make_batch),
     )

@@ -16,11 +16,17 @@ import numpy as np
 import optax
 
 from dgl_jax import replay_buffer
-from dgl_jax.block import Block, make_block_feed, make_block_step
+from dgl_jax.block import Block, block_key, make_block_feed, make_block_step
 from dgl_jax.config import Config, ReplayConfig
 from dgl_jax.errors import UserError
 from dgl_jax.methods import dgl
-from dgl_jax.pipeline import Runner, activation_shapes, bound_in_flight, make_logits
+from dgl_jax.pipeline import (
+    Runner,
+    activation_shapes,
+    bound_in_flight,
+    make_logits,
+    one_for_equal_blocks,
+)
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.replay import Event, PlanConfig, plan, slowed_pmf
 from dgl_jax.schedule import FEED, UPDATE, Schedule
@@ -156,17 +162,22 @@ def make_runner(
     """
     placement, last_block = placements[0], len(blocks) - 1
     buffer_shardings = replay_buffer.buffer_shardings(placement, config.replay)
-    key = jax.device_put(key, placement.state)
+    keys = [jax.device_put(block_key(key, block), placement.state) for block in blocks]
     slots = jax.device_put(
         list(np.arange(config.replay.buffer_size, dtype=np.int32)), placement.state
     )
 
     @functools.cache
+    def turns(operation: str) -> list[Turn]:
+        # The last block, which has no buffer, shares with no other.
+        make = lambda block: make_turn(config, block, optimizer, operation)
+        parts = (blocks[:last_block], blocks[last_block:])
+        return [turn for part in parts for turn in one_for_equal_blocks(part, placements, make)]
+
+    @functools.cache
     def program(block: int, operation: str) -> Turn:
         return jax.jit(
-            jax.named_call(
-                make_turn(config, blocks[block], optimizer, operation), name=f"block_{block}"
-            ),
+            turns(operation)[block],
             donate_argnums=(0, 1),
             out_shardings=(
                 placement.state,
@@ -187,7 +198,7 @@ def make_runner(
             batch_at(event.batch) if block == 0 else buffers[block - 1],
             None if event.read_slot is None else slots[event.read_slot],
             None if event.write_slot is None else slots[event.write_slot],
-            key,
+            keys[block],
         )
         state = TrainState(tuple(states), tuple(buffers[:-1]))
         if event.operation == FEED:

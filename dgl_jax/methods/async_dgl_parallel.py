@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dgl_jax.block import Block, make_block_feed, make_block_step
+from dgl_jax.block import Block, block_key, make_block_feed, make_block_step
 from dgl_jax.config import Config
 from dgl_jax.errors import UserError
 from dgl_jax.methods import async_dgl
@@ -75,7 +75,7 @@ def _make_work(config, block, optimizer, key, placement, *, has_buffer: bool) ->
     step = make_block_step(block, optimizer, log_gradient_norm=config.train.log_gradient_norm)
     feed = make_block_feed(block)
     dtype = config.replay.buffer_dtype
-    key = jax.device_put(key, placement.state)
+    key = jax.device_put(block_key(key, block), placement.state)
 
     def encode_outputs(activations):
         return encode(activations, dtype) if has_buffer else {}

@@ -12,17 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dgl_jax.models.equal_layers import scan_layers, stack, unstack
 from dgl_jax.sedona.inner import (
     InnerGradient,
     blended_gradient,
-    equal_layers,
     layer_functions,
     layer_inputs,
+    layer_runs,
     make_inner_step,
     mixed_loss,
-    scan_layers,
-    stack,
-    unstack,
 )
 from dgl_jax.sedona.relaxation import (
     Decisions,
@@ -205,7 +203,7 @@ def _displaced_losses(
     Returns:
       The two sums, and as `blended_gradient` the statistics and losses without displacement.
     """
-    runs = equal_layers(network, params, batch_stats, batch.images)
+    runs = layer_runs(network, params, batch_stats, batch.images)
     layers = layer_inputs(network, params, batch_stats, decisions, key)
     directions = [
         (direction["layers"][place], head_part(direction, place)) for place in range(len(layers))

@@ -1,8 +1,6 @@
 """The inner step: the weights learn from a blend of local gradients and gradients from above."""
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -10,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from dgl_jax.block import apply_gradients
+from dgl_jax.models.equal_layers import Runs, equal_layers, scan_layers, stack, unstack
 from dgl_jax.models.network import apply_module
 from dgl_jax.sedona.relaxation import (
     Decisions,
@@ -63,7 +62,7 @@ def blended_gradient(
     Deviation: the released code takes one gradient of a nested sum of losses and divides each
       layer's by the product of the weights above it, which is the same but where that is 0.
     """
-    runs = equal_layers(network, params, batch_stats, batch.images)
+    runs = layer_runs(network, params, batch_stats, batch.images)
     layers = layer_inputs(network, params, batch_stats, decisions, key)
 
     def forward(place, h, layer):
@@ -165,85 +164,13 @@ def layer_functions(
     return run_layer, local_loss
 
 
-def equal_layers(
-    network: RelaxedNetwork, params: Params, batch_stats: Params, x: jax.Array
-) -> list[tuple[int, int]]:
-    """Runs (first, end) of neighbours that compute the same, but for the values of their weights.
-
-    A run becomes one loop, so that a deep network compiles about as fast as a shallow one:
-    ResNet-152 has 50 layers in 9 runs. The last layer, whose head is another, is alone.
-    """
-
-    def kind(place):
-        parts = (params["layers"][place], head_part(params, place))
-        return network.layers[place], jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), parts)
-
-    runs, kept_shape = [], False
-    for place, layer in enumerate(network.layers):
-        inputs = (params["layers"][place], batch_stats["layers"][place], x)
-        y = jax.eval_shape(
-            lambda p, s, x, layer=layer: apply_module(layer, p, s, x, train=False)[0], *inputs
-        )
-        keeps_shape = (x.shape, x.dtype) == (y.shape, y.dtype)
-        is_last = place == len(network.layers) - 1
-        if kept_shape and keeps_shape and not is_last and kind(place) == kind(place - 1):
-            runs[-1] = (runs[-1][0], place + 1)
-        else:
-            runs.append((place, place + 1))
-        x, kept_shape = y, keeps_shape
-    return runs
-
-
-def stack(runs: list[tuple[int, int]], trees: Sequence[Any]) -> list[Any]:
-    """One tree a layer in, one a run out; of a run of several layers the leaves are stacked."""
-    return [
-        trees[first]
-        if end == first + 1
-        else jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees[first:end])
-        for first, end in runs
-    ]
-
-
-def unstack(runs: list[tuple[int, int]], stacked: Sequence[Any]) -> list[Any]:
-    """The inverse of `stack`."""
-    trees = []
-    for (first, end), tree in zip(runs, stacked):
-        if end == first + 1:
-            trees.append(tree)
-        else:
-            trees += [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(end - first)]
-    return trees
-
-
-def scan_layers(
-    runs: list[tuple[int, int]],
-    body: Callable[[int, Any, Any], tuple[Any, Any]],
-    carry: Any,
-    xs: Sequence[Any],
-    reverse: bool = False,
-) -> tuple[Any, list[Any]]:
-    """``carry, y = body(place, carry, x)`` for each layer in turn, equal layers as a `lax.scan`.
-
-    Args:
-      runs: of `equal_layers`.
-      body: ``place`` is the run's first layer.
-      carry: the first one.
-      xs: one tree a run, as `stack` makes them.
-      reverse: whether to go from the last layer to the first.
-
-    Returns:
-      The last carry, and one tree a run, as `stack` makes them.
-    """
-    ys = [None] * len(runs)
-    order = range(len(runs))
-    for index in reversed(order) if reverse else order:
-        first, end = runs[index]
-        run_body = functools.partial(body, first)
-        if end == first + 1:
-            carry, ys[index] = run_body(carry, xs[index])
-        else:
-            carry, ys[index] = jax.lax.scan(run_body, carry, xs[index], reverse=reverse)
-    return carry, ys
+def layer_runs(network: RelaxedNetwork, params: Params, batch_stats: Params, x: jax.Array) -> Runs:
+    """`equal_layers`, whose heads are equal too. The last layer, whose head is another, is alone."""
+    last = len(network.layers) - 1
+    heads = [head_part(params, place) for place in range(last)]
+    layers = (network.layers, params["layers"], batch_stats["layers"])
+    runs = equal_layers(*(part[:last] for part in layers), x, heads)
+    return [*runs, (last, last + 1)]
 
 
 def mixed_loss(losses: jax.Array, decisions: Decisions) -> jax.Array:

@@ -27,7 +27,6 @@ from absl import flags
 
 from benchmarks import setting
 from dgl_jax import distributed
-from dgl_jax.auxiliary import head_for_loss
 from dgl_jax.block import make_block_feed
 from dgl_jax.config import (
     ONE_BLOCK_METHODS,
@@ -39,7 +38,7 @@ from dgl_jax.config import (
     from_dict,
 )
 from dgl_jax.errors import UserError
-from dgl_jax.grouping import choose_cuts, configured_network, make_classifiers
+from dgl_jax.grouping import choose_cuts, configured_blocks, configured_network
 from dgl_jax.losses import make_loss_fns
 from dgl_jax.methods import METHODS
 from dgl_jax.models.network import Network
@@ -282,15 +281,10 @@ def _work(variant: Variant, cuts: list[int] | None, coordinator: str, process_id
     network = configured_network(config, setting.NUM_CLASSES)
     if cuts is None:
         cuts = choose_cuts(config, network, setting.NUM_CLASSES, image_shape)
-    is_cut = config.method.name not in ONE_BLOCK_METHODS
-    own_cuts = tuple(cuts) if is_cut else ()
-    classifiers = make_classifiers(
-        config, (config.auxiliary.name,) * len(own_cuts), setting.NUM_CLASSES
-    )
-    heads = tuple(head_for_loss("cross_entropy", head, None) for head in classifiers)
+    own_cuts = () if config.method.name in ONE_BLOCK_METHODS else tuple(cuts)
+    heads = (config.auxiliary.name,) * len(own_cuts)
     method = METHODS[config.method.name]
-    loss_fns = make_loss_fns(config.loss, len(own_cuts) + 1, setting.NUM_CLASSES)
-    blocks = method.make_blocks(network, own_cuts, heads, loss_fns)
+    blocks = configured_blocks(config, network, own_cuts, heads, setting.NUM_CLASSES)
     placements = make_placements(config.placement, len(blocks))
     optimizer = make_optimizer(config.optimizer, 10**6, 10**6)
     key = jax.random.key(0)

@@ -1,0 +1,152 @@
+"""`benchmark.py memory`: what a fused step of DGL needs beside backprop's, from the compiler.
+
+Nothing is run: the programs are compiled, and XLA says how many bytes of temporaries each has.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from benchmarks import setting, step
+from dgl_jax.block import init_block_state, make_block_feed, make_block_step
+from dgl_jax.optim import make_optimizer
+from dgl_jax.pipeline import make_fused_step
+from dgl_jax.schedule import UPDATE
+from dgl_jax.types import Batch
+
+_CUTS = flags.DEFINE_list(
+    "cuts", [], "memory: further groupings, cuts joined by a dash: 16 for one cut, 10-30 for two."
+)
+_BUDGET = flags.DEFINE_float(
+    "memory_gib", 16.0, "memory: of the device whose largest batch is stated.", lower_bound=0.1
+)
+_REMAT = flags.DEFINE_bool("remat_rows", False, "memory: backprop and K = 2 with remat too.")
+
+_MIB, _GIB = 2**20, 2**30
+
+
+def memory(folder: pathlib.Path) -> list[str]:
+    """Compiles one network's variants after the other."""
+    content = setting.machine() | {
+        "batch_size": setting.BATCH_SIZE.value,
+        "image_size": setting.IMAGE_SIZE.value,
+        "memory_gib": _BUDGET.value,
+        "device": jax.devices()[0].device_kind,
+        "rows": [],
+    }
+    for network in step.NETWORKS.value:
+        for variant, config in _variants(network):
+            content["rows"].append({"network": network, "variant": variant} | _measure(config))
+            table = memory_table(content)
+            _write(folder, content, table)  # After each: compiling takes its time.
+    print(table)
+    return []
+
+
+def _variants(network: str):
+    """(name, configuration) of each row."""
+    name, _, width_factor = network.partition(":")
+    make = lambda *args, **fields: step.variant_config(
+        name, float(width_factor or 1), *args, **fields
+    )
+    yield "backprop", make("1")
+    if _REMAT.value:
+        yield "backprop, remat", make("1", remat_blocks=(0,))
+    for blocks in step.BLOCKS.value:
+        yield f"uniform, K={blocks}" if blocks != "per_layer" else "per layer", make(blocks)
+        if blocks != "per_layer":
+            balanced = {"strategy": "balanced", "cost": "memory"}
+            yield f"balanced, K={blocks}", make(blocks, **balanced)
+    for cuts in _CUTS.value:
+        cuts = tuple(map(int, cuts.split("-")))
+        yield f"cuts {cuts}", make(str(len(cuts) + 1), strategy="explicit", cuts=cuts)
+
+
+def _measure(config) -> dict[str, Any]:
+    blocks, cuts = step.configured(config)
+    optimizer = make_optimizer(config.optimizer, 10**6, 10**6)
+    size = setting.IMAGE_SIZE.value
+    x = jax.ShapeDtypeStruct((config.train.batch_size, size, size, 3), jnp.float32)
+    labels = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    states, inputs = [], [x]
+    for block in blocks:
+        init = lambda key, x, block=block: init_block_state(block, optimizer, key, x)
+        states.append(jax.eval_shape(init, key, inputs[-1]))
+        inputs.append(jax.eval_shape(make_block_feed(block), states[-1], inputs[-1]))
+    operations = [(block.index, UPDATE) for block in blocks]
+    keys = [key] * len(blocks)
+    fused = _analysis(
+        make_fused_step(blocks, optimizer, operations), tuple(states), Batch(x, labels), keys
+    )
+    if len(blocks) == 1:
+        alone = [fused]
+    else:
+        alone = [
+            _analysis(make_block_step(block, optimizer), state, x, labels, key)
+            for block, state, x in zip(blocks, states, inputs)
+        ]
+    return {
+        "cuts": list(cuts),
+        "temp_bytes": fused.temp_size_in_bytes,
+        "argument_bytes": fused.argument_size_in_bytes,
+        "block_temp_bytes": [analysis.temp_size_in_bytes for analysis in alone],
+    }
+
+
+def _analysis(fn, *args):
+    compiled = jax.jit(fn, donate_argnums=0).lower(*args).compile()
+    return compiled.memory_analysis()
+
+
+def memory_table(content: dict[str, Any]) -> str:
+    """One row a network and variant."""
+    lines = [
+        (
+            "| network | variant | cuts | temporaries, MiB | / backprop "
+            f"| images in {content['memory_gib']:g} GiB | over backprop "
+            "| largest block alone, MiB | all / largest |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    budget = content["memory_gib"] * _GIB
+    for row in content["rows"]:
+        base = next(
+            r
+            for r in content["rows"]
+            if (r["network"], r["variant"]) == (row["network"], "backprop")
+        )
+        images, base_images = (
+            (budget - r["argument_bytes"]) / r["temp_bytes"] * content["batch_size"]
+            for r in (row, base)
+        )
+        largest = max(row["block_temp_bytes"])
+        cuts = row["cuts"]
+        cells = [
+            row["network"],
+            row["variant"],
+            ", ".join(map(str, cuts)) if len(cuts) < 8 else "",
+            f"{row['temp_bytes'] / _MIB:.0f}",
+            f"{row['temp_bytes'] / base['temp_bytes']:.3f}",
+            f"{images:.0f}",
+            f"{100 * (images / base_images - 1):+.0f} %",
+            f"{largest / _MIB:.0f}",
+            f"{row['temp_bytes'] / largest:.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:
+    title = f"Memory of a step: batches of {content['batch_size']}, {content['image_size']} pixels"
+    notes = (
+        f"{content['device']}, {setting.on_what(content)}. Temporaries: XLA's own plan of the "
+        "compiled fused step, without parameters, statistics and the optimizer's state. Images: "
+        "as many as fit beside those, if temporaries grow with the batch. Largest block alone: "
+        "the temporaries of the program of that block only. Balanced: cuts by "
+        "config.partition.cost=memory. MLP-SR-aux heads."
+    )
+    setting.write(folder, "memory", content, title, [table, notes])

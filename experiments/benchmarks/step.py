@@ -1,0 +1,265 @@
+"""`benchmark.py step`: one fused step of DGL beside backprop's, and beside PyTorch's.
+
+For each network all variants take turns: backprop, DGL in each number of blocks, and with --torch
+the same in PyTorch (torch_peers.py, in processes of their own).
+"""
+
+import itertools
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from benchmarks import setting
+from dgl_jax import cost
+from dgl_jax.block import Block, make_block_step
+from dgl_jax.config import Config, default_config, from_dict
+from dgl_jax.data.dataset import DeviceStream
+from dgl_jax.errors import UserError
+from dgl_jax.grouping import choose_cuts, configured_blocks, configured_network
+from dgl_jax.methods import METHODS
+from dgl_jax.optim import make_optimizer
+from dgl_jax.pipeline import init_states
+from dgl_jax.placement import make_placements
+from dgl_jax.types import Batch, TrainState
+
+NETWORKS = flags.DEFINE_list(
+    "networks",
+    ["cnn6", "vgg19:0.25", "resnet110", "resnet50:0.25", "resnet152:0.25"],
+    "step, memory: the networks, each with the factor of its width.",
+)
+BLOCKS = flags.DEFINE_list(
+    "blocks", ["2", "4"], "step, memory: numbers of blocks; per_layer: one a layer."
+)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "step: of computing.")
+_SCAN_LAYERS = flags.DEFINE_bool("scan_layers", False, "step: runs of equal layers are loops.")
+_STEPS_PER_CALL = flags.DEFINE_integer("steps_per_call", 1, "step: of one program.", 1)
+_TORCH = flags.DEFINE_bool("torch", False, "step: the same in PyTorch.")
+_COMPILE = flags.DEFINE_bool("torch_compile", False, "step: PyTorch by torch.compile.")
+
+_MATRIX_SIZE = 2048
+
+
+def step(folder: pathlib.Path) -> list[str]:
+    """Measures one network after the other."""
+    if setting.STEPS.value % _STEPS_PER_CALL.value:
+        raise UserError(
+            f"--steps={setting.STEPS.value} must be a multiple of "
+            f"--steps_per_call={_STEPS_PER_CALL.value}"
+        )
+    content = setting.machine() | {
+        "batch_size": setting.BATCH_SIZE.value,
+        "image_size": setting.IMAGE_SIZE.value,
+        "dtype": _DTYPE.value,
+        "scan_layers": _SCAN_LAYERS.value,
+        "device": jax.devices()[0].device_kind,
+        "matrix_flops_per_second": _matrix_flops_per_second(),
+        "rows": [],
+    }
+    for network in NETWORKS.value:
+        content["rows"] += _measure(network)
+        table = step_table(content)
+        _write(folder, content, table)  # After each: the next may take the machine with it.
+    print(table)
+    return []
+
+
+def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:
+    title = (
+        f"A step of DGL beside backprop's: batches of {content['batch_size']}, "
+        f"{content['image_size']} pixels, {content['dtype']}"
+    )
+    rate = content["matrix_flops_per_second"] / 1e9
+    notes = (
+        f"{content['device']}, {setting.on_what(content)}. Medians of {setting.ROUNDS.value} "
+        f"interleaved rounds of {setting.STEPS.value} steps, least to most in brackets; ratios "
+        "round by round. MLP-SR-aux heads, uniform cuts. FLOP/s: XLA's count before it compiles, "
+        f"over the time; a product of {_MATRIX_SIZE} x {_MATRIX_SIZE} matrices reached "
+        f"{rate:.0f} GFLOP/s in the same dtype."
+    )
+    setting.write(folder, "step", content, title, [table, notes])
+
+
+def step_table(content: dict[str, Any]) -> str:
+    """One row a network and variant."""
+    by_name = {(row["network"], row["variant"]): row["step_seconds"] for row in content["rows"]}
+    lines = [
+        (
+            "| network | variant | step, ms | / backprop | / PyTorch's | GFLOP/s "
+            "| of a matrix product |"
+        ),
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in content["rows"]:
+        network, variant, seconds = row["network"], row["variant"], row["step_seconds"]
+
+        def ratio(name, own=variant, seconds=seconds, network=network):
+            other = by_name.get((network, name))
+            if other is None or name == own:
+                return ""
+            return setting.spread([s / o for s, o in zip(seconds, other, strict=True)], ".3f")
+
+        prefix = "torch " if variant.startswith("torch ") else ""
+        rate = share = ""
+        if row["flops"]:
+            per_second = row["flops"] / statistics.median(seconds)
+            rate = f"{per_second / 1e9:.0f}"
+            share = f"{100 * per_second / content['matrix_flops_per_second']:.0f} %"
+        cells = [
+            network,
+            variant,
+            setting.spread([1000 * s for s in seconds], ".1f"),
+            ratio(f"{prefix}backprop"),
+            "" if prefix else ratio(f"torch {variant}"),
+            rate,
+            share,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _measure(network: str) -> list[dict[str, Any]]:
+    name, _, width_factor = network.partition(":")
+    turns, rows, processes = {}, [], []
+    for blocks in ("1", *BLOCKS.value):
+        config = variant_config(name, float(width_factor or 1), blocks)
+        run, cuts, flops = fused(config)
+        variant = "backprop" if blocks == "1" else f"dgl K={len(cuts) + 1}"
+        turns[variant] = run
+        rows.append({"network": network, "variant": variant, "cuts": cuts, "flops": flops})
+        if _TORCH.value:
+            turns[f"torch {variant}"], process = _torch(name, float(width_factor or 1), cuts)
+            processes.append(process)
+            rows.append(rows[-1] | {"variant": f"torch {variant}", "flops": None})
+    seconds = setting.interleaved_seconds(turns, setting.ROUNDS.value, setting.STEPS.value)
+    for process in processes:
+        process.communicate()
+    return [row | {"step_seconds": seconds[row["variant"]]} for row in rows]
+
+
+def variant_config(
+    name: str,
+    width_factor: float,
+    blocks: str,
+    remat_blocks: tuple[int, ...] = (),
+    **partition: Any,
+) -> Config:
+    """Backprop for one block, else DGL; more fields of the partition may be given."""
+    given = default_config()
+    given.method.name = "backprop" if blocks == "1" else "dgl"
+    given.network.name, given.network.width_factor = name, width_factor
+    given.network.dtype = _DTYPE.value
+    given.network.scan_layers = _SCAN_LAYERS.value
+    given.auxiliary.name = "mlp_sr"
+    given.train.batch_size = setting.BATCH_SIZE.value
+    given.train.steps_per_call = _STEPS_PER_CALL.value
+    given.train.log_every_steps = _STEPS_PER_CALL.value
+    given.train.remat_blocks = remat_blocks
+    given.train.num_epochs, given.train.num_steps = 0.0, 10**6
+    given.optimizer.schedule = "constant"
+    if blocks == "per_layer":
+        given.partition.strategy = "per_layer"
+    elif blocks != "1":
+        given.partition.strategy, given.partition.num_blocks = "uniform", int(blocks)
+    for field, value in partition.items():
+        given.partition[field] = value
+    return from_dict(given.to_dict())
+
+
+def configured(config: Config) -> tuple[tuple[Block, ...], tuple[int, ...]]:
+    """The blocks of a configuration, and its cuts."""
+    size = setting.IMAGE_SIZE.value
+    network = configured_network(config, setting.NUM_CLASSES)
+    cuts = ()
+    if config.method.name != "backprop":
+        cuts = choose_cuts(config, network, setting.NUM_CLASSES, (size, size, 3))
+    heads = (config.auxiliary.name,) * len(cuts)
+    return configured_blocks(config, network, cuts, heads, setting.NUM_CLASSES), cuts
+
+
+def fused(
+    config: Config, *, count_flops: bool = True
+) -> tuple[Callable[[int], None], Sequence[int], float]:
+    """``run(number)`` of fused training on one batch, its cuts, and the FLOPs of a step."""
+    size, batch_size = setting.IMAGE_SIZE.value, config.train.batch_size
+    blocks, cuts = configured(config)
+    method = METHODS[config.method.name]
+    placements = make_placements(config.placement, len(blocks))
+    optimizer = make_optimizer(config.optimizer, 10**6, 10**6)
+    key = jax.random.key(0)
+    states = init_states(blocks, optimizer, key, (size, size, 3), placements)
+    images = jax.random.normal(key, (batch_size, size, size, 3))
+    labels = jax.random.randint(key, (batch_size,), 0, setting.NUM_CLASSES)
+    batch = jax.device_put(Batch(images, labels), placements[0].batch)
+
+    flops, x = 0.0, images
+    for block, state in zip(blocks, states, strict=True) if count_flops else ():
+        update = make_block_step(block, optimizer)
+        flops += cost.flops(update, state, x, labels, key)
+        x = jax.eval_shape(update, state, x, labels, key).activations
+
+    runner = method.make_runner(config, blocks, optimizer, key, placements)
+    state = TrainState(states)
+    tasks = method.make_schedule(config, len(blocks), 10**6, 10**6).tasks(0)
+    stream = DeviceStream(lambda step: batch, lambda batch, step: batch)
+
+    def run(number):
+        nonlocal state
+        for _ in range(-(-number // config.train.steps_per_call)):
+            if config.train.steps_per_call > 1:
+                turns = list(itertools.islice(tasks, config.train.steps_per_call))
+                state, _ = runner.steps(state, turns, stream)
+            else:
+                state, _ = runner.step(state, next(tasks), lambda step: batch)
+        jax.block_until_ready(state)
+
+    return run, cuts, flops
+
+
+def _torch(
+    name: str, width_factor: float, cuts: Sequence[int]
+) -> tuple[Callable[[int], None], subprocess.Popen]:
+    """``run(number)`` in a process that trains in PyTorch, and the process."""
+    command = [
+        sys.executable,
+        str(pathlib.Path(__file__).with_name("torch_peers.py")),
+        f"--network={name}",
+        f"--width_factor={width_factor}",
+        f"--batch_size={setting.BATCH_SIZE.value}",
+        f"--image_size={setting.IMAGE_SIZE.value}",
+        f"--cuts={','.join(map(str, cuts))}",
+        f"--method={'dgl' if cuts else 'backprop'}",
+        f"--dtype={_DTYPE.value}",
+        *(["--compile"] if _COMPILE.value else []),
+    ]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def answer():
+        line = process.stdout.readline()
+        if not line:
+            raise UserError(f"a process has failed: {' '.join(command)}")
+        return json.loads(line)
+
+    answer()
+
+    def run(number):
+        process.stdin.write(f"{number}\n")
+        process.stdin.flush()
+        answer()
+
+    return run, process
+
+
+def _matrix_flops_per_second() -> float:
+    matrix = jnp.ones((_MATRIX_SIZE, _MATRIX_SIZE), _DTYPE.value)
+    product = jax.jit(jnp.matmul)
+    run = lambda number: jax.block_until_ready([product(matrix, matrix) for _ in range(number)])
+    seconds = setting.interleaved_seconds({"matrix": run}, 5, 4)["matrix"]
+    return 2 * _MATRIX_SIZE**3 / statistics.median(seconds)

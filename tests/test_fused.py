@@ -1,0 +1,179 @@
+"""Other ways to compute the same steps: loops over equal layers, layers computed again, many steps
+as one program, one program for equal blocks. They change no number."""
+
+import dataclasses
+import logging
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dgl_jax.block import block_key, init_block_state
+from dgl_jax.config import Config, LossConfig, OptimizerConfig, PlacementConfig, ReplayConfig
+from dgl_jax.data import load_dataset
+from dgl_jax.losses import make_loss_fns
+from dgl_jax.methods import METHODS
+from dgl_jax.models.equal_layers import equal_layers
+from dgl_jax.models.network import Network
+from dgl_jax.optim import make_optimizer
+from dgl_jax.pipeline import init_states, make_fused_step
+from dgl_jax.placement import make_placements
+from dgl_jax.schedule import UPDATE
+from dgl_jax.types import Batch, TrainState
+
+_OPTIMIZER = make_optimizer(OptimizerConfig(schedule="constant"), 10, 10)
+
+
+class Layer(nn.Module):
+    """Conv 3x3, BatchNorm, ReLU, dropout."""
+
+    features: int
+    rate: float = 0.2
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(self.features, (3, 3), use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        return nn.Dropout(self.rate, deterministic=not train)(x)
+
+
+def _blocks(small_head, widths, cuts):
+    network = Network("equal", [Layer(width) for width in widths], small_head)
+    return METHODS["dgl"].make_blocks(
+        network, cuts, small_head, make_loss_fns(LossConfig(), len(cuts) + 1, 4)
+    )
+
+
+def _float64(tree):
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+def _train(blocks, batches, key):
+    """States and losses after a step on each batch, in float64, and the step's program."""
+    with jax.enable_x64(True):
+        states, x = [], batches[0].images
+        for block in blocks:
+            states.append(_float64(init_block_state(block, _OPTIMIZER, key, x)))
+            x = jnp.zeros((*x.shape[:-1], block.layers[-1].features))
+        step = make_fused_step(blocks, _OPTIMIZER, [(block.index, UPDATE) for block in blocks])
+        keys = [block_key(key, block) for block in blocks]
+        jaxpr = str(jax.make_jaxpr(step)(tuple(states), batches[0], keys))
+        step, states, losses = jax.jit(step), tuple(states), []
+        for batch in batches:
+            states, metrics = step(states, batch.replace(images=np.float64(batch.images)), keys)
+            losses.append([metrics[block.index]["loss"] for block in blocks])
+        return jax.device_get((states, losses)), jaxpr
+
+
+@pytest.mark.parametrize(
+    "how", [{"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True}]
+)
+def test_loops_and_remat_change_no_number(small_head, small_batches, how):
+    blocks = _blocks(small_head, (3, 4, 4, 4, 4, 4), (2,))
+    batches, key = small_batches[:3], jax.random.key(1)
+    expected, plain = _train(blocks, batches, key)
+    found, changed = _train([dataclasses.replace(block, **how) for block in blocks], batches, key)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected
+    )
+    for name, word in (("scan_layers", "scan["), ("remat", "remat")):
+        assert word not in plain and (word in changed) == (name in how)
+
+
+def test_equal_layers(small_head, small_batches):
+    (block,) = _blocks(small_head, (2, 2, 4, 4, 4, 3), ())
+    state = init_block_state(block, _OPTIMIZER, jax.random.key(0), small_batches[0].images)
+    layers = (state.params["layers"], state.batch_stats["layers"], small_batches[0].images)
+    # The third maps 2 channels to 4.
+    assert equal_layers(block.layers, *layers) == [(0, 2), (2, 3), (3, 5), (5, 6)]
+    # Equal modules but for an option; equal layers with something else that is not.
+    others = [np.zeros(1), np.zeros(2), *[None] * 4]
+    assert equal_layers(block.layers, *layers, others)[:2] == [(0, 1), (1, 2)]
+    layers_of_two_kinds = (*block.layers[:3], Layer(4, rate=0.5), *block.layers[4:])
+    assert equal_layers(layers_of_two_kinds, *layers)[2:] == [(2, 3), (3, 4), (4, 5), (5, 6)]
+
+
+def test_remat_needs_less_memory(small_head):
+    (block,) = _blocks(small_head, (8,) * 8, ())
+    x = jax.ShapeDtypeStruct((32, 16, 16, 8), jnp.float32)
+    labels, key = jax.ShapeDtypeStruct((32,), jnp.int32), jax.random.key(0)
+    init = lambda key, x: init_block_state(block, _OPTIMIZER, key, x)
+    state = jax.eval_shape(init, key, x)
+
+    def temporaries(**how):
+        step = make_fused_step([dataclasses.replace(block, **how)], _OPTIMIZER, [(0, UPDATE)])
+        program = jax.jit(step).lower((state,), Batch(x, labels), [key]).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    plain = temporaries()
+    assert temporaries(remat=True) < 0.7 * plain
+    assert temporaries(remat=True, scan_layers=True) < 0.7 * plain
+
+
+def _runner(name, blocks, config, image_shape, key):
+    placements = make_placements(config.placement, len(blocks))
+    states = init_states(blocks, _OPTIMIZER, key, image_shape, placements)
+    runner = METHODS[name].make_runner(config, blocks, _OPTIMIZER, key, placements)
+    return runner, TrainState(states), placements[0].batch
+
+
+@pytest.mark.parametrize(
+    "name, num_devices, num_programs", [("dgl", 1, 2), ("dgl", 5, 5), ("async_dgl", 1, 3)]
+)
+def test_equal_blocks_on_the_same_devices_share_a_program(
+    small_head, small_batches, caplog, name, num_devices, num_programs
+):
+    """The first block takes other images; in async_dgl the last one has no buffer to write to."""
+    blocks = _blocks(small_head, (4,) * 5, (0, 1, 2, 3))
+    config = Config(replay=ReplayConfig(buffer_size=2))
+    if name == "dgl":
+        placement = PlacementConfig(kind="pipelined", num_devices=num_devices)
+        config = dataclasses.replace(config, placement=placement)
+    runner, state, sharding = _runner(name, blocks, config, (6, 6, 2), jax.random.key(0))
+    images = jax.ShapeDtypeStruct((8, 6, 6, 2), jnp.float32)
+    state = state.replace(memory=runner.init_memory(state.blocks, images))
+    batches = [jax.device_put(batch, sharding) for batch in small_batches]
+    schedule = METHODS[name].make_schedule(config, len(blocks), 20, 10)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for _, tasks in zip(range(40), schedule.tasks(0)):
+            state, _ = runner.step(state, tasks, lambda step: batches[step % 20])
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA" in r.getMessage()]
+    programs = [line for line in compiled if "jit(turn)" in line or "jit(step)" in line]
+    assert len(programs) == num_programs
+
+
+def test_many_steps_as_one_program(small_head, arrays_path):
+    """The same numbers as step by step, batches and all; also after the epoch's order changes."""
+    config = Config()
+    blocks = _blocks(small_head, (3, 4, 4), (0, 1))
+    with jax.enable_x64(True):
+        data = load_dataset(
+            name="arrays",
+            data_dir=arrays_path,
+            batch_size=24,
+            eval_batch_size=10,
+            seed=0,
+            crop_padding=1,
+        )
+        key = jax.random.key(0)
+        schedule = METHODS["dgl"].make_schedule(config, len(blocks), 20, data.steps_per_epoch)
+        turns = list(schedule.tasks(0))
+        results = []
+        for calls in ([1] * 20, [5, 5, 1, 4, 5]):
+            runner, state, _ = _runner("dgl", blocks, config, data.image_shape, key)
+            state, losses, step = state.replace(blocks=_float64(state.blocks)), [], 0
+            for size in calls:
+                if size > 1:
+                    state, metrics = runner.steps(state, turns[step : step + size], data.stream)
+                else:
+                    state, metrics = runner.step(state, turns[step], data.batch_at)
+                losses.append(np.stack([np.atleast_1d(metrics[k]["loss"]) for k in range(3)]))
+                assert losses[-1].shape == (3, size)
+                step += size
+            results.append((jax.device_get(state.blocks), np.concatenate(losses, axis=1)))
+    assert data.steps_per_epoch == 10
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), *results)
