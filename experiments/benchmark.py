@@ -7,7 +7,8 @@ turns in one run; figures are medians over --rounds, beside the least and the mo
 
 - sedona: one outer step of SEDONA's search;
 - parallel: K blocks on K cores, and what one would do instead;
-- dispatch: the host's part of a step, with blocks that compute next to nothing.
+- dispatch: the host's part of a step, with blocks that compute next to nothing;
+- data: how fast input arrives, streamed and from memory.
 
 The files of experiments/benchmarks have the flags of each.
 """
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
-from benchmarks import parallel, sedona
+from benchmarks import data, parallel, sedona
 
 from dgl_jax.errors import UserError
 
@@ -29,6 +30,7 @@ _SUBCOMMANDS = {
     "sedona": sedona.sedona,
     "parallel": parallel.parallel,
     "dispatch": parallel.dispatch,
+    "data": data.data,
 }
 
 

@@ -144,6 +144,25 @@ def test_what_the_host_spends_on_a_step(tmp_path):
 
 
 @pytest.mark.slow
+def test_how_fast_input_arrives(tmp_path):
+    small = ("--num_photos=8", "--batch_size=32", "--crop_size=16", "--num_workers=0,1")
+    small += ("--consumer=cnn4", "--width_factor=0.0625", "--rounds=1", "--steps=2")
+    result = _benchmark("data", *small, f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "data.json").read_text())
+    assert content["jpegs"] == "made_up" and 50e3 < content["mean_bytes"] < 120e3
+    assert [row["num_workers"] for row in content["streaming"]] == [0, 1]
+    measured = [row["images_per_second"] for row in content["streaming"]]
+    assert list(content["decoding"]) == ["about 500x400", "about 1000x800"]
+    for seconds in content["decoding"].values():
+        assert list(seconds) == ["whole", "two_passes", "one_pass"]
+        measured += seconds.values()
+    measured += [content["in_memory"]["input"], content["in_memory"]["training"]]
+    assert all(len(values) == 1 and min(values) > 0 for values in measured)
+    assert (tmp_path / "data.md").read_text().count("\n|---") == 3
+
+
+@pytest.mark.slow
 def test_mistakes(tmp_path):
     for arguments, message in (
         (("nothing_known",), "give one of sedona"),
@@ -151,6 +170,7 @@ def test_mistakes(tmp_path):
         (("sedona", f"--out={tmp_path}", "--estimators=x"), "--estimators=x is unknown"),
         (("parallel", f"--out={tmp_path}", "--methods=x"), "--methods=x is unknown"),
         (("parallel", f"--out={tmp_path}", "--num_blocks=999"), "--num_blocks=999 must not"),
+        (("data", f"--out={tmp_path}", "--num_workers=0,x"), "--num_workers=0,x must be whole"),
     ):
         result = _benchmark(*arguments)
         assert result.returncode == 2 and message in result.stderr
