@@ -8,7 +8,8 @@ turns in one run; figures are medians over --rounds, beside the least and the mo
 - sedona: one outer step of SEDONA's search;
 - parallel: K blocks on K cores, and what one would do instead;
 - dispatch: the host's part of a step, with blocks that compute next to nothing;
-- data: how fast input arrives, streamed and from memory.
+- data: how fast input arrives, streamed and from memory;
+- replay: the buffers of the asynchronous methods: writing, reading, and what is copied.
 
 The files of experiments/benchmarks have the flags of each.
 """
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
-from benchmarks import data, parallel, sedona
+from benchmarks import data, parallel, replay, sedona
 
 from dgl_jax.errors import UserError
 
@@ -31,6 +32,7 @@ _SUBCOMMANDS = {
     "parallel": parallel.parallel,
     "dispatch": parallel.dispatch,
     "data": data.data,
+    "replay": replay.replay,
 }
 
 
