@@ -10,7 +10,9 @@ turns in one run; figures are medians over --rounds, beside the least and the mo
 - compile: the time until the first step is done, with and without a cache of programs;
 - sedona: one outer step of SEDONA's search;
 - parallel: K blocks on K cores, and what one would do instead;
-- dispatch: the host's part of a step, with blocks that compute next to nothing.
+- dispatch: the host's part of a step, with blocks that compute next to nothing;
+- data: how fast input arrives, streamed and from memory;
+- replay: the buffers of the asynchronous methods: writing, reading, and what is copied.
 
 The files of experiments/benchmarks have the flags of each.
 """
@@ -21,7 +23,7 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
-from benchmarks import compilation, memory, parallel, sedona, step
+from benchmarks import compilation, data, memory, parallel, replay, sedona, step
 
 from dgl_jax.errors import UserError
 
@@ -35,6 +37,8 @@ _SUBCOMMANDS = {
     "sedona": sedona.sedona,
     "parallel": parallel.parallel,
     "dispatch": parallel.dispatch,
+    "data": data.data,
+    "replay": replay.replay,
 }
 
 

@@ -359,6 +359,38 @@ def test_a_turn_copies_no_buffer(two_blocks, small_batches, buffer_dtype):
     assert needed_bytes(0, UPDATE, (), buffer, batch, None, slot) >= size
 
 
+@pytest.mark.parametrize("buffer_dtype", ["float32", "bfloat16", "int8"])
+def test_memory_of_a_write_and_of_a_turn_does_not_grow_with_the_buffer(blocks, buffer_dtype):
+    """The middle block, which reads from one buffer and writes to another."""
+    optimizer, key = make_optimizer(_CONSTANT, 12, _STEPS_PER_EPOCH), jax.random.key(0)
+    placements = make_placements(PlacementConfig(), 3)
+    state = init_states(blocks, optimizer, key, (6, 6, 2), placements)[1]
+    slot, labels = np.int32(0), jax.ShapeDtypeStruct((8,), jnp.int32)
+    inputs, x = (jax.ShapeDtypeStruct((8, 6, 6, channels), jnp.float32) for channels in (3, 4))
+    write_bytes, turn_bytes = [], []
+    for size in (2, 64):
+        config = _config(ReplayConfig(buffer_size=size, buffer_dtype=buffer_dtype))
+        below, own = (replay_buffer.buffer_shapes(held, config.replay) for held in (inputs, x))
+        write = jax.jit(replay_buffer.write, donate_argnums=0).lower(own, slot, x, labels)
+        turn = async_dgl.make_turn(config, blocks[1], optimizer, UPDATE)
+        turn = jax.jit(turn, donate_argnums=(0, 1)).lower(state, own, below, slot, slot, key)
+        size_of_state = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        for program, of_state, needed in (
+            (write, 0, write_bytes),
+            (turn, size_of_state, turn_bytes),
+        ):
+            compiled = program.compile()
+            if buffer_dtype != "float32":  # All of the buffer is not even widened in passing.
+                assert f"f32[{size},8,6,6," not in compiled.as_text()
+            memory = compiled.memory_analysis()
+            needed.append(memory.temp_size_in_bytes)
+            # What was donated is the outputs' memory.
+            assert memory.alias_size_in_bytes >= of_state + replay_buffer.nbytes(own)
+    mini_batch = replay_buffer.nbytes(own) / 64
+    for small, large in (write_bytes, turn_bytes):
+        assert abs(large - small) < mini_batch
+
+
 def test_data_parallel_equals_one_device(two_blocks, small_batches):
     losses, held = [], []
     for data_parallel in (1, 2):

@@ -144,6 +144,46 @@ def test_what_the_host_spends_on_a_step(tmp_path):
 
 
 @pytest.mark.slow
+def test_how_fast_input_arrives(tmp_path):
+    small = ("--num_photos=8", "--batch_size=32", "--crop_size=16", "--num_workers=0,1")
+    small += ("--consumer=cnn4", "--width_factor=0.0625", "--rounds=1", "--steps=2")
+    result = _benchmark("data", *small, f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "data.json").read_text())
+    assert content["jpegs"] == "made_up" and 50e3 < content["mean_bytes"] < 120e3
+    assert [row["num_workers"] for row in content["streaming"]] == [0, 1]
+    measured = [row["images_per_second"] for row in content["streaming"]]
+    assert list(content["decoding"]) == ["about 500x400", "about 1000x800"]
+    for seconds in content["decoding"].values():
+        assert list(seconds) == ["whole", "two_passes", "one_pass"]
+        measured += seconds.values()
+    measured += [content["in_memory"]["input"], content["in_memory"]["training"]]
+    assert all(len(values) == 1 and min(values) > 0 for values in measured)
+    assert (tmp_path / "data.md").read_text().count("\n|---") == 3
+
+
+@pytest.mark.slow
+def test_what_replay_buffers_cost(tmp_path):
+    small = ("--buffer_sizes=2,16", "--activations=8,4,4,16", "--rounds=2", "--steps=3")
+    result = _benchmark("replay", *small, f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "replay.json").read_text())["rows"]
+    assert [(row["buffer_dtype"], row["buffer_size"]) for row in rows] == [
+        (dtype, size) for dtype in ("float32", "bfloat16", "int8") for size in (2, 16)
+    ]
+    for row in rows:
+        bytes_of_a_number = {"float32": 4, "bfloat16": 2, "int8": 1}[row["buffer_dtype"]]
+        scales = 16 * 4 if row["buffer_dtype"] == "int8" else 0
+        assert row["mini_batch_bytes"] == 8 * 4 * 4 * 16 * bytes_of_a_number + scales + 8 * 4
+        assert row["ring_bytes"] == row["buffer_size"] * row["mini_batch_bytes"]
+        for name in ("write", "read", "turn"):
+            assert len(row[name]["seconds"]) == 2 and min(row[name]["seconds"]) > 0
+        assert row["write"]["temp_bytes"] < row["mini_batch_bytes"]
+        assert row["write"]["alias_bytes"] >= row["ring_bytes"]
+    assert (tmp_path / "replay.md").read_text().count("| yes |") == len(rows)
+
+
+@pytest.mark.slow
 def test_mistakes(tmp_path):
     for arguments, message in (
         (("nothing_known",), "give one of sedona"),
@@ -151,6 +191,9 @@ def test_mistakes(tmp_path):
         (("sedona", f"--out={tmp_path}", "--estimators=x"), "--estimators=x is unknown"),
         (("parallel", f"--out={tmp_path}", "--methods=x"), "--methods=x is unknown"),
         (("parallel", f"--out={tmp_path}", "--num_blocks=999"), "--num_blocks=999 must not"),
+        (("data", f"--out={tmp_path}", "--num_workers=0,x"), "--num_workers=0,x must be whole"),
+        (("replay", f"--out={tmp_path}", "--buffer_sizes=0,1"), "--buffer_sizes=0,1 must be"),
+        (("replay", f"--out={tmp_path}", "--activations=8,4"), "--activations=8,4 must be four"),
     ):
         result = _benchmark(*arguments)
         assert result.returncode == 2 and message in result.stderr

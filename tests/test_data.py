@@ -682,14 +682,14 @@ def test_random_boxes_are_torchvisions():
     rng = np.random.default_rng(0)
     areas, ratios = [], []
     for _ in range(2000):
-        left, upper, width, height = decode._random_box(300, 200, rng)
+        left, upper, width, height = decode.random_box(300, 200, rng)
         assert left >= 0 and upper >= 0 and left + width <= 300 and upper + height <= 200
         areas.append(width * height / 60_000)
         ratios.append(width / height)
     assert 0.075 < min(areas) and max(areas) <= 1
     assert 0.73 < min(ratios) and max(ratios) < 1.36
-    assert decode._random_box(1000, 10, rng) == (493, 0, 13, 10)
-    assert decode._random_box(10, 1000, rng) == (0, 493, 10, 13)
+    assert decode.random_box(1000, 10, rng) == (493, 0, 13, 10)
+    assert decode.random_box(10, 1000, rng) == (0, 493, 10, 13)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

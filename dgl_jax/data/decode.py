@@ -43,7 +43,7 @@ def random_resized_crop(
       crop's edge sees the pixels just outside it.
     """
     image = PIL.Image.open(io.BytesIO(data))
-    box = _random_box(*image.size, rng)
+    box = random_box(*image.size, rng)
     pixels = _resize(image, box, image_size=image_size, channels=channels)
     if flip and rng.random() < 0.5:
         pixels = pixels[:, ::-1]
@@ -72,10 +72,10 @@ def center_crop(data: bytes, *, image_size: int, channels: int) -> np.ndarray:
     return _resize(image, box, image_size=image_size, channels=channels)
 
 
-def _random_box(
+def random_box(
     width: int, height: int, rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """(left, upper, width, height) of a part of the image."""
+    """(left, upper, width, height) of a random part of an image, as `random_resized_crop` takes it."""
     log_ratio = (math.log(_RATIO_RANGE[0]), math.log(_RATIO_RANGE[1]))
     for _ in range(_NUM_ATTEMPTS):
         area = width * height * rng.uniform(*_AREA_RANGE)

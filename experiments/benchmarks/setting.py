@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from absl import flags
 
+from dgl_jax.errors import UserError
 from dgl_jax.metrics import write_atomically
 
 NETWORK = flags.DEFINE_string("network", "resnet50", "The network.")
@@ -45,6 +46,21 @@ def interleaved_seconds(
             run(num_steps)
             seconds[name].append((time.perf_counter() - start) / num_steps)
     return seconds
+
+
+def whole_numbers(flag: flags.FlagHolder, least: int) -> list[int]:
+    """The numbers of a list flag, each once.
+
+    Raises:
+      UserError: on what is no whole number, or below ``least``.
+    """
+    words = flag.value
+    if not words or not all(word.isdecimal() and int(word) >= least for word in words):
+        raise UserError(
+            f"--{flag.name}={','.join(words)} must be whole numbers of at least {least}; "
+            f"try {','.join(flag.default)}"
+        )
+    return [int(word) for word in dict.fromkeys(words)]
 
 
 def spread(values: Sequence[float], form: str) -> str:
