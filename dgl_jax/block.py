@@ -38,7 +38,8 @@ class Block:
       classifies: whether the head's output has logits.
       scan_layers: whether runs of equal layers are loops, which compile faster.
       remat: whether the backward pass computes each layer again from its input, instead of
-        keeping what is inside it: less memory, more time.
+        keeping what is inside it: less memory, more time. Runs of equal layers are loops then too:
+        outside of loops XLA's CPU compiler undoes it.
     """
 
     index: int
@@ -147,7 +148,7 @@ def forward_layers(
     places = range(len(block.layers))
     keys = [None if key is None else jax.random.fold_in(key, place) for place in places]
     runs = [(place, place + 1) for place in places]
-    if block.scan_layers:
+    if block.scan_layers or block.remat:
         runs = equal_layers(block.layers, params, batch_stats, x)
 
     def run_layer(place, x, layer):

@@ -210,7 +210,7 @@ def _kept_bytes(module: Any, x: jax.ShapeDtypeStruct) -> float:
     """What the backward pass of an example needs of its forward pass, as JAX writes it down."""
     params, batch_stats = _variables(module, x)
 
-    def pullback(params, x):
+    def pullback(params, batch_stats, x):
         run = lambda params, x: apply_module(
             module, params, batch_stats, x, train=True, key=jax.random.key(0)
         )
@@ -218,7 +218,7 @@ def _kept_bytes(module: Any, x: jax.ShapeDtypeStruct) -> float:
 
     def kept(batch_size):
         batch = jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype)
-        leaves = jax.tree.leaves(jax.eval_shape(pullback, params, batch))
+        leaves = jax.tree.leaves(jax.eval_shape(pullback, params, batch_stats, batch))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     return float(kept(2) - kept(1))  # What does not grow with the batch is not the example's.

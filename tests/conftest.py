@@ -1,8 +1,12 @@
 """Eight CPU devices, strict ranks, and small networks and data for every test."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One cache of compiled programs for all tests, their processes and the scripts they run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dgl_jax_tests_")
 
 import flax.linen as nn
 import jax

@@ -623,7 +623,7 @@ def test_from_the_command_line(tmp_path):
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr
     assert "replay buffers: 1 of 8 mini-batches in float32: 0.00935 GiB (0.00935)" in result.stderr

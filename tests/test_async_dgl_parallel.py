@@ -615,7 +615,7 @@ def test_killed_and_gone_on_with_from_the_command_line(tmp_path):
     assert [b["num_writes"] for b in memory["buffers"]] == memory["turns"][:3].tolist()
 
     result = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=300, env=environment
+        command, check=False, capture_output=True, text=True, timeout=900, env=environment
     )
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())

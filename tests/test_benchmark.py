@@ -80,7 +80,7 @@ def test_the_table_of_parallel_runs():
 def _benchmark(*arguments):
     return subprocess.run(
         [sys.executable, "experiments/benchmark.py", *arguments],
-        check=False, capture_output=True, text=True, timeout=300, cwd=_ROOT,
+        check=False, capture_output=True, text=True, timeout=900, cwd=_ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(_ROOT)},
     )  # fmt: skip
 

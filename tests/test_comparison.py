@@ -99,7 +99,7 @@ def _compare(tmp_path, *arguments):
     return subprocess.run(
         [sys.executable, "experiments/compare_methods.py", f"--config={tmp_path / 'rows.py'}",
          f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'results' / 'table.md'}", *arguments],
-        check=False, capture_output=True, text=True, timeout=300, cwd=_ROOT,
+        check=False, capture_output=True, text=True, timeout=900, cwd=_ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(_ROOT)},
     )  # fmt: skip
 

@@ -39,16 +39,21 @@ def test_aux_flops_ratios_are_relative_to_the_largest_block():
     assert cost.aux_flops_ratios(costs) == [0.05, 0.02, 0.0]
 
 
-@pytest.mark.parametrize("kind", ["flops", "time"])
+@pytest.mark.parametrize("kind", ["flops", "memory", "time"])
 def test_layer_and_head_costs_fit_the_partition(small_network, small_head, kind):
     layers, heads = cost.layer_and_head_costs(small_network, small_head, (6, 6, 2), 4, kind)
     assert len(layers) == len(heads) == 4
     assert min(layers + heads) > 0
     if kind == "flops":
         assert layers == sorted(layers)  # 2->3, 3->4, 4->4, 4->5 channels.
+    if kind == "memory":
+        # Of each of 36 pixels: the layer's input, and of each output channel three numbers of
+        # the convolution and BatchNorm and a byte, ReLU's mask.
+        channels = ((2, 3), (3, 4), (4, 4), (4, 5))
+        assert layers == [36 * (4 * inputs + 13 * outputs) for inputs, outputs in channels]
 
 
-@pytest.mark.parametrize("kind", ["flops", "time"])
+@pytest.mark.parametrize("kind", ["flops", "memory", "time"])
 def test_layer_and_head_costs_of_a_head_that_returns_more_than_logits(
     small_network, small_head, kind
 ):

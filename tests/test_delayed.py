@@ -523,7 +523,7 @@ def test_it_learns_from_the_command_line(tmp_path):
     command = [sys.executable, script, f"--config={config}", f"--workdir={tmp_path}"]
     command += [f"--config.{name}={value}" for name, value in fields.items()]
     result = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=300,
+        command, check=False, capture_output=True, text=True, timeout=900,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -367,7 +367,7 @@ def _run(workdir, **fields):
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
 

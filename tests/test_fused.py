@@ -69,9 +69,7 @@ def _train(blocks, batches, key):
         return jax.device_get((states, losses)), jaxpr
 
 
-@pytest.mark.parametrize(
-    "how", [{"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True}]
-)
+@pytest.mark.parametrize("how", [{"scan_layers": True}, {"remat": True}])
 def test_loops_and_remat_change_no_number(small_head, small_batches, how):
     blocks = _blocks(small_head, (3, 4, 4, 4, 4, 4), (2,))
     batches, key = small_batches[:3], jax.random.key(1)
@@ -80,8 +78,8 @@ def test_loops_and_remat_change_no_number(small_head, small_batches, how):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected
     )
-    for name, word in (("scan_layers", "scan["), ("remat", "remat")):
-        assert word not in plain and (word in changed) == (name in how)
+    assert "scan[" in changed and ("remat" in changed) == ("remat" in how)
+    assert "scan[" not in plain and "remat" not in plain
 
 
 def test_equal_layers(small_head, small_batches):
@@ -94,7 +92,7 @@ def test_equal_layers(small_head, small_batches):
     others = [np.zeros(1), np.zeros(2), *[None] * 4]
     assert equal_layers(block.layers, *layers, others)[:2] == [(0, 1), (1, 2)]
     layers_of_two_kinds = (*block.layers[:3], Layer(4, rate=0.5), *block.layers[4:])
-    assert equal_layers(layers_of_two_kinds, *layers)[2:] == [(2, 3), (3, 4), (4, 5), (5, 6)]
+    assert equal_layers(layers_of_two_kinds, *layers)[1:] == [(2, 3), (3, 4), (4, 5), (5, 6)]
 
 
 def test_remat_needs_less_memory(small_head):
@@ -109,9 +107,7 @@ def test_remat_needs_less_memory(small_head):
         program = jax.jit(step).lower((state,), Batch(x, labels), [key]).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    plain = temporaries()
-    assert temporaries(remat=True) < 0.7 * plain
-    assert temporaries(remat=True, scan_layers=True) < 0.7 * plain
+    assert temporaries(remat=True) < 0.5 * temporaries()
 
 
 def _runner(name, blocks, config, image_shape, key):

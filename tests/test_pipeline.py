@@ -276,7 +276,7 @@ def _growths(max_steps_in_flight, num_steps, num_processes):
         for process_id in range(num_processes)
     ]  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

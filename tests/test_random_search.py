@@ -60,7 +60,7 @@ def _search(arrays_path, workdir, *arguments):
         [sys.executable, "experiments/random_search.py",
          "--config=experiments/configs/quickstart.py", f"--workdir={workdir}",
          *(f"--config.{name}={value}" for name, value in fields.items()), *arguments],
-        check=False, capture_output=True, text=True, timeout=300, cwd=_ROOT,
+        check=False, capture_output=True, text=True, timeout=900, cwd=_ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(_ROOT)},
     )  # fmt: skip
 

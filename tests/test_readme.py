@@ -17,7 +17,7 @@ def test_the_example_with_a_users_own_network_learns():
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr
     accuracies = [int(percent) for percent in re.findall(r"(\d+)%", result.stdout)]

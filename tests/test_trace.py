@@ -81,7 +81,7 @@ def test_a_traced_run_computes_what_it_would_have_computed(tmp_path, arrays_path
         ]  # fmt: skip
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(_ROOT)}
         result = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=300, cwd=_ROOT,
+            command, check=False, capture_output=True, text=True, timeout=900, cwd=_ROOT,
             env=environment,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr

@@ -40,7 +40,7 @@ def _command(workdir, arrays_path, **fields):
 def _run(command, **kwargs):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=300, env=environment, **kwargs
+        command, check=False, capture_output=True, text=True, timeout=900, env=environment, **kwargs
     )
 
 
@@ -118,6 +118,39 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_parameters(
     assert numbers[0] == numbers[1]
 
 
+@pytest.mark.slow
+def test_many_steps_a_call_from_the_command_line(finished_run, arrays_path, tmp_path):
+    """Calls of five steps, once in one go, once killed, with other pauses: the same parameters."""
+    many = {"train__steps_per_call": 5, "network__scan_layers": True, "train__remat_blocks": "(1,)"}
+    result = _run(_command(tmp_path / "whole", arrays_path, **many))
+    assert result.returncode == 0, result.stderr
+    many |= {"checkpoint__every_steps": 7, "eval__every_epochs": 0.7}
+    command = _command(tmp_path / "killed", arrays_path, **many)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        lines = read_metrics(tmp_path / "killed" / "metrics.jsonl")
+        if lines and lines[-1]["step"] >= 20:
+            process.kill()
+        time.sleep(0.001)
+    assert process.wait() == -signal.SIGKILL
+    result = _run(command)
+    assert result.returncode == 0, result.stderr
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed")
+    ]
+    assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
+    # Evaluations wait for the end of a call.
+    lines = read_metrics(tmp_path / "killed" / "metrics.jsonl")
+    tested = [line["step"] for line in lines if "test/block_0/loss" in line]
+    assert tested[:4] == [10, 15, 25, 30] and all(step % 5 == 0 for step in tested)
+    # As step by step, but for rounding.
+    lines = [read_metrics(path / "metrics.jsonl") for path in (finished_run[0], tmp_path / "whole")]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    for block in range(4):
+        name = f"train/block_{block}/loss"
+        np.testing.assert_allclose(lines[0][0][name], lines[1][0][name], rtol=1e-4)
+
+
 def test_pipelined_from_the_command_line(finished_run, arrays_path, tmp_path):
     workdir, _ = finished_run
     result = _run(
@@ -175,6 +208,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(arrays
         ({"data__data_dir": "nowhere.npz"}, "data_dir=nowhere.npz"),
         ({"network__name": "cnn5"}, "cnn5"),
         ({"train__num_epochs": 0.001}, "is less than one step"),
+        ({"train__remat_blocks": "(0, 7)"}, "remat_blocks=(0, 7): 7 must be one of the 4 block(s)"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(arrays_path, tmp_path, fields, message):
