@@ -114,6 +114,8 @@ def test_local_losses_are_ours(network, width_factor, num_blocks):
     x, y = _to_torch(images), torch.tensor(labels)
     losses = [[loss.item() for loss in train_step(x, y)] for _ in range(3)]
     np.testing.assert_allclose(losses, expected, rtol=1e-8)
+    # A gradient that flowed down would come after the block's update: it would only take time.
+    assert not theirs[0](x, y)[0].requires_grad
 
 
 def test_running_statistics_are_loaded():
