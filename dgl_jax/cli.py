@@ -40,9 +40,9 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
-    os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "dgl_jax"),
-    "The folder of compiled programs, for the next run; empty for none. The environment's "
-    "JAX_COMPILATION_CACHE_DIR goes first.",
+    None,
+    "The folder of compiled programs, for the next run; empty for none. By default the environment's "
+    "JAX_COMPILATION_CACHE_DIR, and without that ~/.cache/dgl_jax.",
 )
 
 
@@ -72,7 +72,7 @@ def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
                 if not flags.FLAGS[name].value:
                     raise UserError(f"--{name} is missing; try --help")
             config = from_dict(_CONFIG.value.to_dict(), config_class)
-            use_compilation_cache(_COMPILATION_CACHE.value)
+            _use_compilation_cache()
             _join_processes()
             main(config, _WORKDIR.value)
             distributed.finish()
@@ -95,10 +95,14 @@ def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
     app.run(run_main, flags_parser=parse_flags)
 
 
-def use_compilation_cache(folder: str) -> None:
-    """Keeps programs that took a second or longer to compile, unless the environment says where."""
-    if folder and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", folder)
+def _use_compilation_cache() -> None:
+    """Keeps programs that took a second or longer to compile."""
+    folder = _COMPILATION_CACHE.value
+    if folder is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(caches, "dgl_jax")
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
 def _join_processes() -> None:

@@ -204,7 +204,8 @@ class TrainConfig:
     num_epochs: float = 50.0
     # Between two lines of training metrics.
     log_every_steps: int = 20
-    # Steps that are one program, which makes their batches itself: the host is idle meanwhile.
+    # Steps that are one program, which makes their batches itself: the host is idle meanwhile. Those
+    # left over at an epoch's end, or at a block's turn in sequential, run singly.
     steps_per_call: int = 1
     # Blocks whose layers are computed again in the backward pass: less memory, more time.
     remat_blocks: tuple[int, ...] = ()
@@ -347,6 +348,8 @@ ONE_BLOCK_METHODS = ("backprop", "data_parallel")
 LOCAL_METHODS = ("dgl", "sequential", "async_dgl", "async_dgl_parallel")
 # Those whose steps can be one program.
 _IN_ONE_PROGRAM = ("backprop", "data_parallel", "dgl", "sequential")
+# Those that keep a forward pass's residuals until a gradient comes.
+_KEEP_RESIDUALS = ("ddg", "pipeline_backprop")
 _NOT_TRACED = ("async_dgl", "async_dgl_parallel", "dni", "cdni")
 _LOSSES = ("cross_entropy", "pred", "sim", "predsim")
 
@@ -504,14 +507,15 @@ def check_same_run(
     Raises:
       UserError: naming the first field that differs.
     """
-    present = to_dict(config)
+    present, default = to_dict(config), to_dict(type(config)())
     for name in _leaf_names(type(config)):
         section, _, field = name.partition(".")
         if section in _RESUMABLE or name in _RESUMABLE:
             continue
         now = present[section][field] if field else present[section]
-        then = previous.get(section)
-        then = then.get(field) if field and isinstance(then, Mapping) else then
+        # A folder may be older than a field.
+        then = previous.get(section, default[section])
+        then = then.get(field, default[section][field]) if field else then
         if now != then:
             raise UserError(
                 f"config.{name}={now!r}, but workdir={workdir} holds a run with {then!r}; "
@@ -758,6 +762,11 @@ def _check_together(config: Config) -> None:
         )
     if train.steps_per_call > 1:
         _check_steps_per_call(config)
+    if config.method.name in _KEEP_RESIDUALS and (config.network.scan_layers or train.remat_blocks):
+        raise UserError(
+            f"config.method.name={config.method.name} keeps what a layer's backward pass needs by "
+            "itself; leave config.network.scan_layers and config.train.remat_blocks out"
+        )
     is_data_parallel = config.method.name == "data_parallel"
     field, split = "data_parallel", placement.data_parallel
     if is_data_parallel:

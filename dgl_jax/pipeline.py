@@ -26,6 +26,7 @@ from dgl_jax.block import (
 )
 from dgl_jax.config import Config, PlacementConfig
 from dgl_jax.data.dataset import DeviceStream
+from dgl_jax.models.equal_layers import is_equal
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import FEED, UPDATE, Task
 from dgl_jax.transfer import announce, is_local, move, place, stand_in
@@ -176,7 +177,7 @@ def one_for_equal_blocks(
             same_place = dataclasses.replace(
                 block, index=first.index, first_layer=first.first_layer
             )
-            if same_place == first and placements[position] == placements[group[0]]:
+            if is_equal(same_place, first) and placements[position] == placements[group[0]]:
                 group.append(position)
                 break
         else:
@@ -330,10 +331,10 @@ def make_fused_runner(
         states, metrics = run(state.blocks, source, first_step, keys)
         return TrainState(states, state.memory), metrics
 
-    max_in_flight = steps_in_flight(config.placement, placements)
+    max_in_flight, in_flight = steps_in_flight(config.placement, placements), collections.deque()
     return Runner(
-        step=bound_in_flight(step, max_in_flight),
-        steps=bound_in_flight(steps, max_in_flight),
+        step=bound_in_flight(step, max_in_flight, in_flight),
+        steps=bound_in_flight(steps, max_in_flight, in_flight),
         logits=make_logits(blocks, placements),
     )
 
@@ -424,12 +425,15 @@ def steps_in_flight(config: PlacementConfig, placements: Sequence[BlockPlacement
     return num_groups - 1 + config.max_steps_in_flight
 
 
-def bound_in_flight(step: Step, max_steps_in_flight: int) -> Step:
-    """Lets the host run ahead of the devices by so many steps and no more.
+def bound_in_flight(
+    step: Step | Steps, max_steps_in_flight: int, in_flight: collections.deque | None = None
+) -> Step | Steps:
+    """Lets the host run ahead of the devices by so many calls of ``step`` and no more.
 
-    Without a bound a fast first block would fill the memory with activations.
+    Without a bound a fast first block would fill the memory with activations. Functions that take
+    turns have one queue ``in_flight``.
     """
-    in_flight = collections.deque()
+    in_flight = collections.deque() if in_flight is None else in_flight
 
     def bounded_step(state, tasks, batches):
         if len(in_flight) == max_steps_in_flight:

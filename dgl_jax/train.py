@@ -134,6 +134,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
             f"config.train.steps_per_call={steps_per_call} needs one process and data that lies "
             "whole on its devices; leave it at 1"
         )
+    if steps_per_call > steps_per_epoch:
+        raise UserError(
+            f"config.train.steps_per_call={steps_per_call} must not exceed the {steps_per_epoch} "
+            f"steps of an epoch; try {steps_per_epoch}"
+        )
 
     # ---- In what order they run. A step is one turn of the schedule, an epoch of it the steps
     # in which every block sees every image once, on average.
@@ -227,6 +232,10 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
             drift.save_histograms(workdir, step, histograms)
         return results
 
+    def is_due(every, step, num_done):
+        """Whether a multiple of ``every`` is among the last ``num_done`` steps."""
+        return step // every > (step - num_done) // every
+
     def wall_seconds():
         return record["wall_seconds"] + time.perf_counter() - start_time
 
@@ -246,19 +255,18 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         stack.enter_context(checkpointer)
         stack.enter_context(jax.transfer_guard("disallow"))
         first_traced = step + trace.FIRST_STEP
-        last_traced, is_profiled = first_traced + trace.NUM_STEPS, False
+        last_traced, profiles = first_traced + trace.NUM_STEPS, None  # Whether it does; not yet.
         for tasks_of_steps in _calls(schedule, step, steps_per_call, steps_per_epoch):
             tasks = tasks_of_steps[0]
-            if recorder or config.profile:
-                is_traced = first_traced <= step < last_traced
-                if recorder:
-                    recorder.begin_step(step if is_traced else None)
-                if config.profile and is_traced and not is_profiled:
-                    is_profiled = True
-                    jax.profiler.start_trace(os.path.join(workdir, "profile"))
-                    stack.callback(_stop_profile)
-                if config.profile and step >= last_traced:
-                    _stop_profile()
+            if recorder:
+                recorder.begin_step(step if first_traced <= step < last_traced else None)
+            if config.profile and profiles is None and step >= first_traced:
+                profiles = True
+                jax.profiler.start_trace(os.path.join(workdir, "profile"))
+                stack.callback(_stop_profile)
+            elif profiles and step >= last_traced:
+                profiles = False
+                _stop_profile()
             step_start, compiled = time.perf_counter(), metrics.compile_seconds()
             try:
                 if len(tasks_of_steps) > 1:
@@ -285,9 +293,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
                     record["timed_steps"] += step - num_done - clock_step
                 jax.block_until_ready(step_metrics)
                 clock, clock_step = time.perf_counter(), step
-            is_due = lambda every: step // every > (step - num_done) // every  # noqa: B023
-            is_eval = is_due(eval_every) or step == num_steps
-            is_checkpoint = is_eval or is_due(checkpoint_every)
+            is_eval = is_due(eval_every, step, num_done) or step == num_steps
+            is_checkpoint = is_eval or is_due(checkpoint_every, step, num_done)
             if is_checkpoint:
                 log.flush()
                 now = time.perf_counter()
@@ -295,7 +302,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
                 record["timed_steps"] += step - clock_step
                 if step > first_traced:  # A pause is nobody's idle time.
                     last_traced = min(last_traced, step)
-                    if config.profile:  # Another's is not stopped.
+                    if profiles:
+                        profiles = False
                         _stop_profile()
                 state = runner.snapshot(state)
                 results, is_evaluated = evaluate_all(step) if is_eval else None, is_eval

@@ -1,12 +1,15 @@
 """Eight CPU devices, strict ranks, and small networks and data for every test."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # One cache of compiled programs for all tests, their processes and the scripts they run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dgl_jax_tests_")
+    _programs = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dgl_jax_tests_")
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 
 import flax.linen as nn
 import jax

@@ -184,11 +184,67 @@ def test_what_replay_buffers_cost(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_step_beside_backprops(tmp_path):
+    small = ("--networks=cnn4:0.0625", "--blocks=2,per_layer", "--batch_size=8", "--image_size=16")
+    small += ("--rounds=2", "--steps=4", "--steps_per_call=2")
+    result = _benchmark("step", *small, f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "step.json").read_text())
+    rows = content["rows"]
+    assert [row["variant"] for row in rows] == ["backprop", "dgl K=2", "dgl K=4"]
+    assert [row["cuts"] for row in rows] == [[], [1], [0, 1, 2]]
+    for row in rows:
+        assert len(row["step_seconds"]) == 2 and min(row["step_seconds"]) > 0
+        # Blocks have heads of their own, but no gradient of what they are given.
+        assert 0.8 < row["flops"] / rows[0]["flops"] < 1.2
+    text = (tmp_path / "step.md").read_text()
+    ratios = sorted(b / a for a, b in zip(rows[0]["step_seconds"], rows[1]["step_seconds"]))
+    assert f"| {np.mean(ratios):.3f} ({ratios[0]:.3f} to {ratios[1]:.3f}) |" in text
+
+
+@pytest.mark.slow
+def test_what_memory_a_step_needs(tmp_path):
+    small = ("--networks=cnn4:0.25", "--blocks=2", "--batch_size=8", "--image_size=16")
+    result = _benchmark("memory", *small, "--remat_rows", "--cuts=0-1", f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == [
+        "backprop", "backprop, remat", "uniform, K=2", "balanced, K=2", "cuts (0, 1)",
+    ]  # fmt: skip
+    assert rows[2]["cuts"] == [1] and rows[4]["cuts"] == [0, 1]
+    for row in rows:
+        assert len(row["block_temp_bytes"]) == len(row["cuts"]) + 1
+        assert row["temp_bytes"] >= max(row["block_temp_bytes"]) > 0 and row["argument_bytes"] > 0
+    lines = (tmp_path / "memory.md").read_text().splitlines()
+    (line,) = [line for line in lines if "uniform, K=2" in line]
+    assert f"| {rows[2]['temp_bytes'] / rows[0]['temp_bytes']:.3f} |" in line
+
+
+@pytest.mark.slow
+def test_how_long_the_first_step_takes(tmp_path):
+    small = ("--network=cnn4", "--width_factor=0.0625", "--batch_size=8", "--image_size=16")
+    result = _benchmark("compile", *small, f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "compile.json").read_text())["rows"]
+    assert [(row["scan_layers"], row["cache"]) for row in rows] == [
+        (False, "cold"), (False, "warm"), (True, "cold"), (True, "warm"),
+    ]  # fmt: skip
+    for row in rows:
+        assert 0 < row["init_seconds"] < row["first_step_seconds"]
+        assert 0 < row["second_step_seconds"] < row["compile_seconds"]
+    assert rows[1]["compile_seconds"] < rows[0]["compile_seconds"]
+    assert not (tmp_path / "compile_cache").exists()
+
+
+@pytest.mark.slow
 def test_mistakes(tmp_path):
     for arguments, message in (
-        (("nothing_known",), "give one of sedona"),
+        (("nothing_known",), "give one of step"),
         (("sedona",), "--out is missing"),
         (("sedona", f"--out={tmp_path}", "--estimators=x"), "--estimators=x is unknown"),
+        (("step", f"--out={tmp_path}", "--networks=cnn4", "--blocks=x"), "--blocks=x must be"),
+        (("step", f"--out={tmp_path}", "--networks=cnn4:x"), "--networks=cnn4:x must be"),
+        (("step", f"--out={tmp_path}", "--steps_per_call=3"), "--steps=20 must be a multiple"),
         (("parallel", f"--out={tmp_path}", "--methods=x"), "--methods=x is unknown"),
         (("parallel", f"--out={tmp_path}", "--num_blocks=999"), "--num_blocks=999 must not"),
         (("data", f"--out={tmp_path}", "--num_workers=0,x"), "--num_workers=0,x must be whole"),

@@ -50,6 +50,7 @@ def test_defaults_round_trip():
          "steps_per_call=4 is for config.placement.kind=fused and .* backprop, data_parallel, dgl"),
         ({"train__steps_per_call": 4, "method__name": "async_dgl"}, "steps_per_call=4 is for"),
         ({"train__steps_per_call": 4, "trace": True}, "trace=True shows single steps"),
+        ({"method__name": "ddg", "network__scan_layers": True}, "ddg keeps what a layer's backward"),
         ({"train__steps_per_call": 8}, "log_every_steps=20 must be a multiple of .*=8; try 24"),
         ({"partition__strategy": "uniform"}, "num_blocks=0 must be at least 1"),
         ({"partition__cuts": (1,)}, "set config.partition.strategy=explicit"),

@@ -95,6 +95,38 @@ def test_equal_layers(small_head, small_batches):
     assert equal_layers(layers_of_two_kinds, *layers)[1:] == [(2, 3), (3, 4), (4, 5), (5, 6)]
 
 
+class Scaled(nn.Module):
+    """A user's layer with an array, which can't be compared."""
+
+    scale: np.ndarray
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(x.shape[-1])(x) * self.scale
+
+
+def test_layers_that_can_not_be_compared(small_head, small_batches):
+    layers = [Scaled(np.full((1, 1, 1, 2), number)) for number in (1.0, 2.0, 3.0)]
+    blocks = METHODS["dgl"].make_blocks(
+        Network("arrays", layers, small_head),
+        (0, 1),
+        small_head,
+        make_loss_fns(LossConfig(), 3, 4),
+    )
+    config = Config(placement=PlacementConfig(kind="pipelined", num_devices=1))
+    runner, state, sharding = _runner("dgl", blocks, config, (6, 6, 2), jax.random.key(0))
+    schedule = METHODS["dgl"].make_schedule(config, 3, 20, 10)
+    batch = jax.device_put(small_batches[0], sharding)
+    (block,) = METHODS["dgl"].make_blocks(
+        Network("arrays", layers, small_head), (), (), make_loss_fns(LossConfig(), 1, 4)
+    )
+    layers = [(layer.params["layers"][0], layer.batch_stats["layers"][0]) for layer in state.blocks]
+    runs = equal_layers(block.layers, *zip(*layers), small_batches[0].images)
+    assert runs == [(0, 1), (1, 2), (2, 3)]
+    _, metrics = runner.step(state, next(schedule.tasks(0)), lambda step: batch)
+    assert len(metrics) == 3
+
+
 def test_remat_needs_less_memory(small_head):
     (block,) = _blocks(small_head, (8,) * 8, ())
     x = jax.ShapeDtypeStruct((32, 16, 16, 8), jnp.float32)

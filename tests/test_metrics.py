@@ -23,7 +23,7 @@ def _log(tmp_path, totals, in_step=False):
         every_steps=3,
         batch_size=4,
         steps_per_epoch=6.0,
-        learning_rates=np.array([0.5, 0.25, 0.125]),
+        learning_rates=np.array([0.5, 0.25, 0.125, 0.1, 0.1, 0.1]),
         totals=totals,
         in_step=in_step,
     )
@@ -67,6 +67,36 @@ def test_blocks_in_step_have_one_learning_rate(tmp_path):
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line["train/learning_rate"] == 0.25
     assert not [name for name in line if "updates" in name]
+
+
+def test_several_steps_at_once_are_as_many_one_by_one(tmp_path):
+    rng = np.random.default_rng(0)
+    losses, norms = rng.random(6).astype(np.float32), rng.random(6).astype(np.float32)
+    results = []
+    for calls in ([(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)], [(0, 3), (3, 4), (4, 6)]):
+        totals, folder = {}, tmp_path / str(len(calls))
+        folder.mkdir()
+        log, writer = _log(folder, totals, in_step=True)
+        for first, end in calls:
+            scalars = {"loss": losses[first:end], "gradient_norm": norms[first:end]}
+            log.append(
+                end,
+                {0: scalars | {"updates": np.arange(first + 1, end + 1)}},
+                num_steps=end - first,
+            )
+        log.flush()
+        writer.close()
+        lines = read_metrics(folder / "metrics.jsonl")
+        assert [line["step"] for line in lines] == [3, 6]
+        results.append((lines, totals))
+    assert results[0] == results[1]
+
+    log, writer = _log(tmp_path, {})
+    scalars = {"loss": np.array([1.0, np.inf, np.nan]), "updates": np.array([1, 2, 3])}
+    log.append(9, {2: scalars}, num_steps=3)
+    with pytest.raises(UserError, match="block_2/loss=inf at step 8"):
+        log.flush()
+    writer.close()
 
 
 def test_a_loss_that_is_not_finite_is_told_with_its_block(tmp_path):

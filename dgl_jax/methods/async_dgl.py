@@ -171,8 +171,12 @@ def make_runner(
     def turns(operation: str) -> list[Turn]:
         # The last block, which has no buffer, shares with no other.
         make = lambda block: make_turn(config, block, optimizer, operation)
-        parts = (blocks[:last_block], blocks[last_block:])
-        return [turn for part in parts for turn in one_for_equal_blocks(part, placements, make)]
+        parts = (slice(last_block), slice(last_block, None))
+        return [
+            turn
+            for part in parts
+            for turn in one_for_equal_blocks(blocks[part], placements[part], make)
+        ]
 
     @functools.cache
     def program(block: int, operation: str) -> Turn:

@@ -46,11 +46,19 @@ def equal_layers(
         )
         end = first + 1
         if (x.shape, x.dtype) == (y.shape, y.dtype):
-            while end < len(layers) and kind(end) == kind(first):
+            while end < len(layers) and is_equal(kind(end), kind(first)):
                 end += 1
         runs.append((first, end))
         x, first = y, end
     return runs
+
+
+def is_equal(a: Any, b: Any) -> bool:
+    """``a == b``; False for modules that can't be compared, as those with arrays for attributes."""
+    try:
+        return bool(a == b)
+    except ValueError:
+        return False
 
 
 def stack(runs: Runs, trees: Sequence[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 
 from benchmarks import setting, step
-from dgl_jax import cli, metrics
+from dgl_jax import metrics
 from dgl_jax.errors import UserError
 
 _NUM_BLOCKS = flags.DEFINE_string("compile_blocks", "2", "compile: K; 1: backprop.")
@@ -79,7 +79,7 @@ def compile_table(rows: list[dict[str, Any]]) -> str:
 
 def _first_step(cache: str) -> None:
     """What a process measures."""
-    cli.use_compilation_cache(cache)
+    jax.config.update("jax_compilation_cache_dir", cache)
     config = step.variant_config(
         setting.NETWORK.value, setting.WIDTH_FACTOR.value, _NUM_BLOCKS.value
     )

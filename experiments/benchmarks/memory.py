@@ -3,7 +3,9 @@
 Nothing is run: the programs are compiled, and XLA says how many bytes of temporaries each has.
 """
 
+import functools
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +14,8 @@ from absl import flags
 
 from benchmarks import setting, step
 from dgl_jax.block import init_block_state, make_block_feed, make_block_step
+from dgl_jax.config import Config
+from dgl_jax.errors import UserError
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import make_fused_step
 from dgl_jax.schedule import UPDATE
@@ -23,7 +27,7 @@ _CUTS = flags.DEFINE_list(
 _BUDGET = flags.DEFINE_float(
     "memory_gib", 16.0, "memory: of the device whose largest batch is stated.", lower_bound=0.1
 )
-_REMAT = flags.DEFINE_bool("remat_rows", False, "memory: backprop and K = 2 with remat too.")
+_REMAT = flags.DEFINE_bool("remat_rows", False, "memory: backprop with remat too.")
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -37,8 +41,10 @@ def memory(folder: pathlib.Path) -> list[str]:
         "device": jax.devices()[0].device_kind,
         "rows": [],
     }
-    for network in step.NETWORKS.value:
-        for variant, config in _variants(network):
+    for network, name, width_factor in step.networks():
+        for variant, config in _variants(
+            functools.partial(step.variant_config, name, width_factor)
+        ):
             content["rows"].append({"network": network, "variant": variant} | _measure(config))
             table = memory_table(content)
             _write(folder, content, table)  # After each: compiling takes its time.
@@ -46,12 +52,8 @@ def memory(folder: pathlib.Path) -> list[str]:
     return []
 
 
-def _variants(network: str):
+def _variants(make: Callable[..., Config]) -> Iterator[tuple[str, Config]]:
     """(name, configuration) of each row."""
-    name, _, width_factor = network.partition(":")
-    make = lambda *args, **fields: step.variant_config(
-        name, float(width_factor or 1), *args, **fields
-    )
     yield "backprop", make("1")
     if _REMAT.value:
         yield "backprop, remat", make("1", remat_blocks=(0,))
@@ -61,11 +63,13 @@ def _variants(network: str):
             balanced = {"strategy": "balanced", "cost": "memory"}
             yield f"balanced, K={blocks}", make(blocks, **balanced)
     for cuts in _CUTS.value:
+        if not all(word.isdecimal() for word in cuts.split("-")):
+            raise UserError(f"--cuts={cuts} must be whole numbers joined by dashes; try 10-30")
         cuts = tuple(map(int, cuts.split("-")))
         yield f"cuts {cuts}", make(str(len(cuts) + 1), strategy="explicit", cuts=cuts)
 
 
-def _measure(config) -> dict[str, Any]:
+def _measure(config: Config) -> dict[str, Any]:
     blocks, cuts = step.configured(config)
     optimizer = make_optimizer(config.optimizer, 10**6, 10**6)
     size = setting.IMAGE_SIZE.value
@@ -145,7 +149,8 @@ def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:
     notes = (
         f"{content['device']}, {setting.on_what(content)}. Temporaries: XLA's own plan of the "
         "compiled fused step, without parameters, statistics and the optimizer's state. Images: "
-        "as many as fit beside those, if temporaries grow with the batch. Largest block alone: "
+        "as many as fit beside those, if all temporaries grew with the batch (gradients do not: with "
+        "more images in memory they count for less). With remat, equal layers are loops. Largest block alone: "
         "the temporaries of the program of that block only. Balanced: cuts by "
         "config.partition.cost=memory. MLP-SR-aux heads."
     )

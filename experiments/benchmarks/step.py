@@ -4,6 +4,7 @@ For each network all variants take turns: backprop, DGL in each number of blocks
 the same in PyTorch (torch_peers.py, in processes of their own).
 """
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -44,7 +45,7 @@ _STEPS_PER_CALL = flags.DEFINE_integer("steps_per_call", 1, "step: of one progra
 _TORCH = flags.DEFINE_bool("torch", False, "step: the same in PyTorch.")
 _COMPILE = flags.DEFINE_bool("torch_compile", False, "step: PyTorch by torch.compile.")
 
-_MATRIX_SIZE = 2048
+_MATRIX_SIZE, _PRODUCTS = 4096, 8
 
 
 def step(folder: pathlib.Path) -> list[str]:
@@ -63,8 +64,8 @@ def step(folder: pathlib.Path) -> list[str]:
         "matrix_flops_per_second": _matrix_flops_per_second(),
         "rows": [],
     }
-    for network in NETWORKS.value:
-        content["rows"] += _measure(network)
+    for network, name, width_factor in networks():
+        content["rows"] += _measure(network, name, width_factor)
         table = step_table(content)
         _write(folder, content, table)  # After each: the next may take the machine with it.
     print(table)
@@ -125,17 +126,33 @@ def step_table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measure(network: str) -> list[dict[str, Any]]:
-    name, _, width_factor = network.partition(":")
+def networks() -> list[tuple[str, str, float]]:
+    """--networks: each as given, its name, its width's factor; --blocks is checked too."""
+    for word in BLOCKS.value:
+        if word != "per_layer" and not (word.isdecimal() and int(word) > 1):
+            raise UserError(f"--blocks={word} must be a number above 1, or per_layer; try 2")
+    given = []
+    for network in NETWORKS.value:
+        name, _, width_factor = network.partition(":")
+        try:
+            given.append((network, name, float(width_factor or 1)))
+        except ValueError:
+            raise UserError(
+                f"--networks={network} must be a name, or NAME:WIDTH_FACTOR; try {name}:0.25"
+            ) from None
+    return given
+
+
+def _measure(network: str, name: str, width_factor: float) -> list[dict[str, Any]]:
     turns, rows, processes = {}, [], []
     for blocks in ("1", *BLOCKS.value):
-        config = variant_config(name, float(width_factor or 1), blocks)
+        config = variant_config(name, width_factor, blocks)
         run, cuts, flops = fused(config)
         variant = "backprop" if blocks == "1" else f"dgl K={len(cuts) + 1}"
         turns[variant] = run
         rows.append({"network": network, "variant": variant, "cuts": cuts, "flops": flops})
         if _TORCH.value:
-            turns[f"torch {variant}"], process = _torch(name, float(width_factor or 1), cuts)
+            turns[f"torch {variant}"], process = _torch(name, width_factor, cuts)
             processes.append(process)
             rows.append(rows[-1] | {"variant": f"torch {variant}", "flops": None})
     seconds = setting.interleaved_seconds(turns, setting.ROUNDS.value, setting.STEPS.value)
@@ -166,7 +183,7 @@ def variant_config(
     given.optimizer.schedule = "constant"
     if blocks == "per_layer":
         given.partition.strategy = "per_layer"
-    elif blocks != "1":
+    elif blocks != "1" and "cuts" not in partition:
         given.partition.strategy, given.partition.num_blocks = "uniform", int(blocks)
     for field, value in partition.items():
         given.partition[field] = value
@@ -201,7 +218,9 @@ def fused(
 
     flops, x = 0.0, images
     for block, state in zip(blocks, states, strict=True) if count_flops else ():
-        update = make_block_step(block, optimizer)
+        # XLA counts what a loop does once.
+        unrolled = dataclasses.replace(block, scan_layers=False)
+        update = make_block_step(unrolled, optimizer)
         flops += cost.flops(update, state, x, labels, key)
         x = jax.eval_shape(update, state, x, labels, key).activations
 
@@ -258,8 +277,8 @@ def _torch(
 
 
 def _matrix_flops_per_second() -> float:
-    matrix = jnp.ones((_MATRIX_SIZE, _MATRIX_SIZE), _DTYPE.value)
-    product = jax.jit(jnp.matmul)
-    run = lambda number: jax.block_until_ready([product(matrix, matrix) for _ in range(number)])
-    seconds = setting.interleaved_seconds({"matrix": run}, 5, 4)["matrix"]
-    return 2 * _MATRIX_SIZE**3 / statistics.median(seconds)
+    matrix = jnp.full((_MATRIX_SIZE, _MATRIX_SIZE), 1 / _MATRIX_SIZE, _DTYPE.value)
+    powers = jax.jit(lambda x: jax.lax.fori_loop(0, _PRODUCTS, lambda _, y: x @ y, x))
+    run = lambda number: jax.block_until_ready([powers(matrix) for _ in range(number)])
+    seconds = setting.interleaved_seconds({"matrix": run}, 5, 1)["matrix"]
+    return 2 * _MATRIX_SIZE**3 * _PRODUCTS / statistics.median(seconds)
