@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(arrays
         ({"network__name": "cnn5"}, "cnn5"),
         ({"train__num_epochs": 0.001}, "is less than one step"),
         (
-            {"train__steps_per_call": 20},
+            {"train__steps_per_call": 20, "train__log_every_steps": 20},
             "steps_per_call=20 must not exceed the 10 steps of an epoch",
         ),
         ({"train__remat_blocks": "(0, 7)"}, "remat_blocks=(0, 7): 7 must be one of the 4 block(s)"),
