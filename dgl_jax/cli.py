@@ -42,7 +42,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
     "The folder of compiled programs, for the next run; empty for none. By default the environment's "
-    "JAX_COMPILATION_CACHE_DIR, and without that ~/.cache/dgl_jax.",
+    "JAX_COMPILATION_CACHE_DIR, and without that ~/.cache/dgl_jax/programs.",
 )
 
 
@@ -100,7 +100,7 @@ def _use_compilation_cache() -> None:
     folder = _COMPILATION_CACHE.value
     if folder is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.path.join(caches, "dgl_jax")
+        folder = os.path.join(caches, "dgl_jax", "programs")
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", folder or None)
 
