@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from dgl_jax import distributed
 from dgl_jax.config import Config, check_field_name, from_dict
+from dgl_jax.data.cache import cache_dir
 from dgl_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -42,7 +43,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
     "The folder of compiled programs, for the next run; empty for none. By default the environment's "
-    "JAX_COMPILATION_CACHE_DIR, and without that ~/.cache/dgl_jax/programs.",
+    "JAX_COMPILATION_CACHE_DIR, and without that programs/ in $DGL_JAX_CACHE or ~/.cache/dgl_jax.",
 )
 
 
@@ -99,8 +100,7 @@ def _use_compilation_cache() -> None:
     """Keeps programs that took a second or longer to compile."""
     folder = _COMPILATION_CACHE.value
     if folder is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folder = os.path.join(caches, "dgl_jax", "programs")
+        folder = str(cache_dir() / "programs")
     if folder is not None:
         jax.config.update("jax_compilation_cache_dir", folder or None)
 

@@ -25,12 +25,11 @@ from dgl_jax.block import (
     make_block_step,
 )
 from dgl_jax.config import Config, PlacementConfig
-from dgl_jax.data.dataset import DeviceStream
 from dgl_jax.models.equal_layers import is_equal
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import FEED, UPDATE, Task
 from dgl_jax.transfer import announce, is_local, move, place, stand_in
-from dgl_jax.types import Batch, BlockState, Metrics, StepOutput, TrainState
+from dgl_jax.types import Batch, BlockState, DeviceStream, Metrics, StepOutput, TrainState
 
 BatchAt = Callable[[int], Batch]
 Step = Callable[[TrainState, Sequence[Task], BatchAt], tuple[TrainState, dict[int, Metrics]]]

@@ -5,7 +5,7 @@ dispatches them to the blocks' devices; both run the same list.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 # What a block may be told to do.
 UPDATE = "update"  # A forward and a backward pass on its local loss, and an update.
@@ -53,6 +53,28 @@ class Schedule:
     num_updates: int
     tasks: Callable[[int], Iterator[tuple[Task, ...]]]
     drop_delay_epochs: float = 0.0
+
+
+def calls(
+    schedule: Schedule, step: int, steps_per_call: int, steps_per_epoch: int
+) -> Iterator[list[Sequence[Task]]]:
+    """The steps from ``step`` on, in lists: each is what one call of a program does.
+
+    A list has ``steps_per_call`` steps, from a multiple of it on, of the same operations in one
+    epoch; where that can't be, it has one. A run that is gone on with has the same lists.
+    """
+    waiting = []
+    for tasks in schedule.tasks(step):
+        waiting.append(tasks)
+        end = step + len(waiting)
+        if end % steps_per_call and end % steps_per_epoch and end != schedule.num_steps:
+            continue
+        operations = [[(task.block, task.operation) for task in tasks] for tasks in waiting]
+        if len(waiting) == steps_per_call and all(other == operations[0] for other in operations):
+            yield waiting
+        else:
+            yield from ([tasks] for tasks in waiting)
+        step, waiting = end, []
 
 
 def synchronous(num_blocks: int, num_updates: int) -> Schedule:

@@ -39,7 +39,7 @@ def accuracy_table(summaries: Sequence[Mapping[str, Any]]) -> str:
                 f"{summary['wall_seconds']:.0f}",
             ]
         )
-    return "Test top-1 accuracy by block\n\n" + _markdown(header, rows)
+    return "Test top-1 accuracy by block\n\n" + markdown(header, rows)
 
 
 def comparison_row(
@@ -144,7 +144,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
         for seed, reason in row["failures"].items()
     ]
-    parts = [_markdown(table[0], table[1:]) for table in (reached, costs)]
+    parts = [markdown(table[0], table[1:]) for table in (reached, costs)]
     return "\n\n".join(parts + (["\n".join(failures)] if failures else []))
 
 
@@ -172,7 +172,7 @@ def random_search_table(trials: Sequence[Mapping[str, Any]]) -> str:
         ]
         for trial in trials
     ]
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def sedona_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -215,7 +215,7 @@ def sedona_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 row["failure"] or "",
             ]
         )
-    return _markdown(header, cells)
+    return markdown(header, cells)
 
 
 def parallel_table(content: Mapping[str, Any]) -> str:
@@ -239,10 +239,6 @@ def parallel_table(content: Mapping[str, Any]) -> str:
     slowest = {name: [max(seconds) for seconds in rounds] for name, rounds in alone.items()}
 
     simulated = content["simulated_seconds"]
-
-    def spread(values: Sequence[float], form: str) -> str:
-        low, high = (format(value, form) for value in (min(values), max(values)))
-        return f"{statistics.median(values):{form}} ({low} to {high})"
 
     cells = []
     for row in content["rows"]:
@@ -277,7 +273,7 @@ def parallel_table(content: Mapping[str, Any]) -> str:
             f"Blocks {words}, alone on one core: {times} ms; ideal speed-up over backprop "
             f"{ideal:.2f}."
         )
-    return f"{_markdown(header, cells)}\n\n" + "\n".join(lines)
+    return f"{markdown(header, cells)}\n\n" + "\n".join(lines)
 
 
 def _percent(accuracy: Mapping[str, Any]) -> str:
@@ -314,14 +310,21 @@ def search_table(summary: Mapping[str, Any]) -> str:
         )
     seconds = summary["pretraining_seconds"] + summary["outer_seconds"]
     return (
-        f"{summary['network']}, {summary['num_layers']} layers\n\n{_markdown(header, rows)}\n\n"
+        f"{summary['network']}, {summary['num_layers']} layers\n\n{markdown(header, rows)}\n\n"
         f"The search took {seconds:.0f} s, {summary['compile_seconds']:.0f} s of them compiling: "
         f"{summary['cost_in_backprop_trainings']:.2g} times a training by backprop of "
         f"{summary['backprop_steps']:,} steps."
     )
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def spread(values: Sequence[float], form: str) -> str:
+    """The median, and from the least to the most."""
+    low, high = (format(value, form) for value in (min(values), max(values)))
+    return f"{statistics.median(values):{form}} ({low} to {high})"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns as wide as what is in them."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"

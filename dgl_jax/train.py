@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ from dgl_jax.models import check_image_shape
 from dgl_jax.optim import make_optimizer, make_schedule
 from dgl_jax.pipeline import activation_shapes, init_states
 from dgl_jax.run_folder import previous_run, write_summary
-from dgl_jax.schedule import APPLY, BACKWARD, UPDATE, Schedule, Task
+from dgl_jax.schedule import APPLY, BACKWARD, UPDATE, calls
 from dgl_jax.transfer import fetch, is_local
 from dgl_jax.types import TrainState
 
@@ -256,7 +256,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         stack.enter_context(jax.transfer_guard("disallow"))
         first_traced = step + trace.FIRST_STEP
         last_traced, profiles = first_traced + trace.NUM_STEPS, None  # Whether it does; not yet.
-        for tasks_of_steps in _calls(schedule, step, steps_per_call, steps_per_epoch):
+        for tasks_of_steps in calls(schedule, step, steps_per_call, steps_per_epoch):
             tasks = tasks_of_steps[0]
             if recorder:
                 recorder.begin_step(step if first_traced <= step < last_traced else None)
@@ -393,28 +393,6 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     plots.plot_run(workdir, summary)
     write_summary(workdir, summary)  # Last: a run is finished when all its files are there.
     return summary
-
-
-def _calls(
-    schedule: Schedule, step: int, steps_per_call: int, steps_per_epoch: int
-) -> Iterator[list[Sequence[Task]]]:
-    """The steps from ``step`` on, in lists: each is what one call of a program does.
-
-    A list has ``steps_per_call`` steps, from a multiple of it on, of the same operations in one
-    epoch; where that can't be, it has one. A run that is gone on with has the same lists.
-    """
-    waiting = []
-    for tasks in schedule.tasks(step):
-        waiting.append(tasks)
-        end = step + len(waiting)
-        if end % steps_per_call and end % steps_per_epoch and end != schedule.num_steps:
-            continue
-        operations = [[(task.block, task.operation) for task in tasks] for tasks in waiting]
-        if len(waiting) == steps_per_call and all(other == operations[0] for other in operations):
-            yield waiting
-        else:
-            yield from ([tasks] for tasks in waiting)
-        step, waiting = end, []
 
 
 def _speed_ups(

@@ -1,8 +1,10 @@
 """What flows through the project: a batch, a block's state, a block step's output, a run's state.
 
-All are frozen pytrees that hold arrays only: no functions, no stored random keys.
+All but `DeviceStream` are frozen pytrees that hold arrays only: no functions, no stored random keys.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -23,6 +25,20 @@ class Batch:
 
     images: jax.Array
     labels: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceStream:
+    """Training batches that a program makes itself, many in a loop, from data on the device.
+
+    Attributes:
+      source_at: ``source_at(step)``: the arrays that the batches of that step's epoch are made of.
+      batch: ``batch(source, step) -> Batch``, with an int32 scalar; pure, the numbers of
+        `data.Dataset.batch_at`.
+    """
+
+    source_at: Callable[[int], Any]
+    batch: Callable[[Any, jax.Array], Batch]
 
 
 @flax.struct.dataclass

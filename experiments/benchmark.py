@@ -17,28 +17,29 @@ turns in one run; figures are medians over --rounds, beside the least and the mo
 The files of experiments/benchmarks have the flags of each.
 """
 
+import importlib
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
-from benchmarks import compilation, data, memory, parallel, replay, sedona, step
 
 from dgl_jax.errors import UserError
 
 _OUT = flags.DEFINE_string("out", None, "The folder of the results.")
 
-# Each writes its results to a folder, and returns what failed unexpectedly, a line each.
+# What is measured: the file and its function, which writes the results to a folder and returns what
+# failed unexpectedly, a line each. Only that file is imported, with what it needs and its flags.
 _SUBCOMMANDS = {
-    "step": step.step,
-    "memory": memory.memory,
-    "compile": compilation.compilation,
-    "sedona": sedona.sedona,
-    "parallel": parallel.parallel,
-    "dispatch": parallel.dispatch,
-    "data": data.data,
-    "replay": replay.replay,
+    "step": "step.step",
+    "memory": "memory.memory",
+    "compile": "compilation.compilation",
+    "sedona": "sedona.sedona",
+    "parallel": "parallel.parallel",
+    "dispatch": "parallel.dispatch",
+    "data": "data.data",
+    "replay": "replay.replay",
 }
 
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
         if not _OUT.value:
             raise UserError("--out is missing; give a folder")
         os.makedirs(_OUT.value, exist_ok=True)
-        failures = _SUBCOMMANDS[argv[1]](pathlib.Path(_OUT.value))
+        failures = _subcommand(argv[1])(pathlib.Path(_OUT.value))
     except UserError as error:
         _fail([str(error)], 2)
     if failures:
@@ -66,7 +67,15 @@ def _fail(messages: Sequence[str], code: int) -> None:
     sys.exit(code)
 
 
+def _subcommand(what: str) -> Callable[[pathlib.Path], list[str]]:
+    module, _, function = _SUBCOMMANDS[what].partition(".")
+    return getattr(importlib.import_module(f"benchmarks.{module}"), function)
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
+    for word in argv[1:]:
+        if word in _SUBCOMMANDS:
+            _subcommand(word)  # Defines its flags.
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:

@@ -46,6 +46,13 @@ class SmallHead(nn.Module):
         return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))
 
 
+def to_float64(tree):
+    """The same tree with its floats in float64; for use under ``jax.enable_x64``."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
 @pytest.fixture
 def small_network() -> Network:
     """Four layers on 6x6x2 images, four classes."""

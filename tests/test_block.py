@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import to_float64
 
 from dgl_jax.block import Block, init_block_state, make_block_step
 from dgl_jax.config import LossConfig, OptimizerConfig
@@ -80,12 +81,6 @@ class NumpyBlock:
         return loss, h
 
 
-def _float64(tree):
-    return jax.tree.map(
-        lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
-
-
 def test_two_blocks_match_algorithm_1_written_out(small_network, small_head, small_batches):
     optimizer = make_optimizer(
         OptimizerConfig(
@@ -104,7 +99,7 @@ def test_two_blocks_match_algorithm_1_written_out(small_network, small_head, sma
     with jax.enable_x64(True):
         shapes = [(2, 6, 6, 2), (2, 6, 6, 3)]
         states = [
-            _float64(init_block_state(block, optimizer, key, jnp.zeros(shape)))
+            to_float64(init_block_state(block, optimizer, key, jnp.zeros(shape)))
             for block, shape in zip(blocks, shapes)
         ]
         oracles = [NumpyBlock(state.params, state.batch_stats) for state in states]

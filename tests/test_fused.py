@@ -2,6 +2,7 @@
 as one program, one program for equal blocks. They change no number."""
 
 import dataclasses
+import itertools
 import logging
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import to_float64
 
 from dgl_jax.block import block_key, init_block_state
 from dgl_jax.config import Config, LossConfig, OptimizerConfig, PlacementConfig, ReplayConfig
@@ -20,7 +22,7 @@ from dgl_jax.models.network import Network
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states, make_fused_step
 from dgl_jax.placement import make_placements
-from dgl_jax.schedule import UPDATE
+from dgl_jax.schedule import UPDATE, calls
 from dgl_jax.types import Batch, TrainState
 
 _OPTIMIZER = make_optimizer(OptimizerConfig(schedule="constant"), 10, 10)
@@ -46,18 +48,12 @@ def _blocks(small_head, widths, cuts):
     )
 
 
-def _float64(tree):
-    return jax.tree.map(
-        lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
-
-
 def _train(blocks, batches, key):
     """States and losses after a step on each batch, in float64, and the step's program."""
     with jax.enable_x64(True):
         states, x = [], batches[0].images
         for block in blocks:
-            states.append(_float64(init_block_state(block, _OPTIMIZER, key, x)))
+            states.append(to_float64(init_block_state(block, _OPTIMIZER, key, x)))
             x = jnp.zeros((*x.shape[:-1], block.layers[-1].features))
         step = make_fused_step(blocks, _OPTIMIZER, [(block.index, UPDATE) for block in blocks])
         keys = [block_key(key, block) for block in blocks]
@@ -193,7 +189,7 @@ def test_many_steps_as_one_program(small_head, arrays_path):
         results = []
         for calls in ([1] * 20, [5, 5, 1, 4, 5]):
             runner, state, _ = _runner("dgl", blocks, config, data.image_shape, key)
-            state, losses, step = state.replace(blocks=_float64(state.blocks)), [], 0
+            state, losses, step = state.replace(blocks=to_float64(state.blocks)), [], 0
             for size in calls:
                 if size > 1:
                     state, metrics = runner.steps(state, turns[step : step + size], data.stream)
@@ -205,3 +201,20 @@ def test_many_steps_as_one_program(small_head, arrays_path):
             results.append((jax.device_get(state.blocks), np.concatenate(losses, axis=1)))
     assert data.steps_per_epoch == 10
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), *results)
+
+
+@pytest.mark.parametrize("name, num_blocks", [("dgl", 2), ("sequential", 3)])
+@pytest.mark.parametrize("steps_per_call", [1, 4, 5, 10])
+def test_steps_of_a_call(name, num_blocks, steps_per_call):
+    """Whole epochs apart, and the same lists for a run that is gone on with after any of them."""
+    schedule = METHODS[name].make_schedule(Config(), num_blocks, 23, 10)
+    whole = list(calls(schedule, 0, steps_per_call, 10))
+    if (name, steps_per_call) == ("dgl", 4):
+        assert [len(steps) for steps in whole] == [4, 4, 1, 1, 1, 1, 4, 4, 1, 1, 1]
+    step = 0
+    for done, steps in enumerate(whole):
+        assert steps == list(itertools.islice(schedule.tasks(step), len(steps)))
+        assert list(calls(schedule, step, steps_per_call, 10)) == whole[done:]
+        assert len(steps) in (1, steps_per_call) and step // 10 == (step + len(steps) - 1) // 10
+        step += len(steps)
+    assert step == schedule.num_steps

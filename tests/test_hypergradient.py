@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SmallHead, SmallLayer
+from conftest import SmallHead, SmallLayer, to_float64
 from jax.flatten_util import ravel_pytree
 
 from dgl_jax.auxiliary import make_auxiliary
@@ -69,12 +69,6 @@ class Smooth(nn.Module):
         return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2))) if self.num_classes else x
 
 
-def _float64(tree):
-    return jax.tree.map(
-        lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
-
-
 def _problem(layers, candidates):
     """A relaxed network in the middle of its training, variables, and the batches of T steps."""
     network = RelaxedNetwork(
@@ -92,7 +86,7 @@ def _problem(layers, candidates):
     batches = [batch() for _ in range(_STEPS)]
     optimizer = make_optimizer(_OPTIMIZER, _DECAY_STEPS, 1)
     init = jax.jit(functools.partial(init_state, network, optimizer))
-    state = _float64(init(jax.random.key(0), batches[0].images))
+    state = to_float64(init(jax.random.key(0), batches[0].images))
 
     def noisy(tree, scale):
         return jax.tree.map(lambda x: x + scale * rng.standard_normal(x.shape), tree)

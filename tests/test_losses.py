@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import to_float64
 
 from dgl_jax.auxiliary import SimilarityHead, head_for_loss, make_auxiliary
 from dgl_jax.block import Block, forward, init_block_state, make_block_step
@@ -160,12 +161,6 @@ def test_similarity_is_computed_in_float32_at_least():
 _LEARNING_RATE, _MOMENTUM, _DECAY, _BETA, _MAX_FEATURES = 0.1, 0.9, 5e-4, 0.9, 50
 
 
-def _float64(tree):
-    return jax.tree.map(
-        lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
-
-
 def _two_blocks(small_network):
     """Layers of 5 and 6 channels on 6x6 images, predsim with a classifier that pools to 3x3."""
     layer = type(small_network.layers[0])
@@ -192,7 +187,7 @@ def test_gradient_through_a_block(small_network, small_batches):
     batch = small_batches[0]
     with jax.enable_x64(True):
         x = batch.images.astype(np.float64)
-        state = _float64(init_block_state(block, optimizer, jax.random.key(0), x))
+        state = to_float64(init_block_state(block, optimizer, jax.random.key(0), x))
 
         @jax.jit
         def loss(params):
@@ -258,7 +253,7 @@ def test_two_blocks_match_predsim_written_out(small_network, small_batches):
     with jax.enable_x64(True):
         shapes = [(2, 6, 6, 2), (2, 6, 6, 5)]
         states = [
-            _float64(init_block_state(block, optimizer, key, jnp.zeros(shape)))
+            to_float64(init_block_state(block, optimizer, key, jnp.zeros(shape)))
             for block, shape in zip(blocks, shapes)
         ]
         steps = [jax.jit(make_block_step(block, optimizer)) for block in blocks]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import to_float64
 
 from dgl_jax.config import Config, LossConfig, MethodConfig, OptimizerConfig, PlacementConfig
 from dgl_jax.errors import UserError
@@ -19,10 +20,6 @@ _OPTIMIZER = OptimizerConfig(
     learning_rate=0.1, weight_decay=5e-4, drop_epochs=(1.0,), drop_factor=0.5
 )
 _UPDATES, _STEPS_PER_EPOCH, _CUTS = 6, 3, (0, 2)
-
-
-def _float64(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
 
 
 def _written_out(network, head, params, stats, batches, laps):
@@ -88,7 +85,7 @@ def test_blocks_learn_one_after_the_other(small_network, small_head, small_batch
     key = jax.random.key(0)
     with jax.enable_x64(True):
         states = init_states(blocks, optimizer, key, (6, 6, 2), placements)
-        state = TrainState(jax.device_put(_float64(states), placements[0].state))
+        state = TrainState(jax.device_put(to_float64(states), placements[0].state))
         expected = _written_out(
             small_network,
             small_head,

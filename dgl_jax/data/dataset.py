@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
 from dgl_jax.errors import UserError
-from dgl_jax.types import Batch
+from dgl_jax.types import Batch, DeviceStream
 
 EVAL_SPLITS = ("test", "validation", "train")
 
@@ -16,20 +15,6 @@ EVAL_SPLITS = ("test", "validation", "train")
 SPLIT, SHUFFLE, AUGMENT = 0, 1, 2
 
 EvalBatch = tuple[jax.Array, jax.Array, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class DeviceStream:
-    """Training batches that a program makes itself, many in a loop, from data on the device.
-
-    Attributes:
-      source_at: ``source_at(step)``: the arrays that the batches of that step's epoch are made of.
-      batch: ``batch(source, step) -> Batch``, with an int32 scalar; pure, the numbers of
-        `Dataset.batch_at`.
-    """
-
-    source_at: Callable[[int], Any]
-    batch: Callable[[Any, jax.Array], Batch]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,6 @@ from dgl_jax.data.dataset import (
     AUGMENT,
     SHUFFLE,
     Dataset,
-    DeviceStream,
     EvalBatch,
     check_eval_split,
     check_step,
@@ -23,7 +22,7 @@ from dgl_jax.data.dataset import (
 )
 from dgl_jax.data.sources import Arrays
 from dgl_jax.data.statistics import Statistics
-from dgl_jax.types import Batch
+from dgl_jax.types import Batch, DeviceStream
 
 
 @flax.struct.dataclass

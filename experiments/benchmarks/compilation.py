@@ -18,6 +18,7 @@ from absl import flags
 from benchmarks import setting, step
 from dgl_jax import metrics
 from dgl_jax.errors import UserError
+from dgl_jax.tables import markdown
 
 _NUM_BLOCKS = flags.DEFINE_string("compile_blocks", "2", "compile: K; 1: backprop.")
 _WORKER = flags.DEFINE_string("compile_worker", None, "For its own use: the cache.")
@@ -59,22 +60,18 @@ def compilation(folder: pathlib.Path) -> list[str]:
 
 def compile_table(rows: list[dict[str, Any]]) -> str:
     """One row a variant."""
-    lines = [
-        (
-            "| equal layers | cache | until the states are there, s | until the first step is done, s "
-            "| of it tracing, lowering, compiling, s | second step, s |"
-        ),
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        names = ("init_seconds", "first_step_seconds", "compile_seconds", "second_step_seconds")
-        cells = [
+    header = ["equal layers", "cache", "until the states are there, s"]
+    header += ["until the first step is done, s", "of it tracing, lowering, compiling, s"]
+    names = ("init_seconds", "first_step_seconds", "compile_seconds", "second_step_seconds")
+    cells = [
+        [
             "a loop" if row["scan_layers"] else "unrolled",
             row["cache"],
             *(f"{row[name]:.1f}" for name in names),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return markdown([*header, "second step, s"], cells)
 
 
 def _first_step(cache: str) -> None:
@@ -84,7 +81,7 @@ def _first_step(cache: str) -> None:
         setting.NETWORK.value, setting.WIDTH_FACTOR.value, _NUM_BLOCKS.value
     )
     start = time.perf_counter()
-    run, _, _ = step.fused(config, count_flops=False)
+    run, _ = step.fused(config)
     init_seconds = time.perf_counter() - start
     run(1)
     first_step_seconds = time.perf_counter() - start

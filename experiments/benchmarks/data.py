@@ -21,6 +21,7 @@ from absl import flags
 
 from benchmarks import in_memory, made_up, setting
 from dgl_jax.data import decode, load_dataset, tfds_source
+from dgl_jax.tables import markdown, spread
 
 _DATA_NAME = flags.DEFINE_string("data_name", "", "data: a prepared set of JPEGs.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "data: the folder of prepared sets.")
@@ -115,32 +116,30 @@ def _time_streaming(name: str, data_dir: str, num_workers: Sequence[int]) -> lis
 
 def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
     batch_size, size = setting.BATCH_SIZE.value, _CROP_SIZE.value
-    streaming = ["| workers | images/s | a core |", "|---|---|---|"]
+    streaming = []
     for row in content["streaming"]:
         rates = row["images_per_second"]
         a_core = statistics.median(rates) / row["num_cores"]
-        streaming.append(
-            f"| {row['num_workers'] or '0, in threads'} | {setting.spread(rates, '.0f')} "
-            f"| {a_core:.0f} |"
-        )
+        workers = str(row["num_workers"] or "0, in threads")
+        streaming.append([workers, spread(rates, ".0f"), f"{a_core:.0f}"])
     ways = {
         "whole": "decoded whole, and no more",
         "two_passes": "decoded whole, cropped, resized",
         "one_pass": "`decode.random_resized_crop`",
     }
-    decoding = ["| one thread | " + " | ".join(f"{key}, ms" for key in content["decoding"]) + " |"]
-    decoding.append("|---" * (1 + len(content["decoding"])) + "|")
+    decoding = []
     for way, words in ways.items():
         cells = [words]
         for seconds in content["decoding"].values():
             millis = [1e3 * value for value in seconds[way]]
-            cells.append(setting.spread(millis, ".2f"))
-        decoding.append("| " + " | ".join(cells) + " |")
+            cells.append(spread(millis, ".2f"))
+        decoding.append(cells)
     cells = ["two passes over one"]
     for seconds in content["decoding"].values():
         pairs = zip(seconds["two_passes"], seconds["one_pass"], strict=True)
-        cells.append(setting.spread([two / one for two, one in pairs], ".2f"))
-    decoding.append("| " + " | ".join(cells) + " |")
+        cells.append(spread([two / one for two, one in pairs], ".2f"))
+    decoding.append(cells)
+    sizes = [f"{key}, ms" for key in content["decoding"]]
 
     notes = (
         f"{setting.on_what(content)}; device {content['device']}. Medians of "
@@ -157,7 +156,8 @@ def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
         "size where the crop stays large enough, and crops while it resizes."
     )
     title = f"Input: batches of {batch_size}, streamed JPEGs, decoding, a set in memory"
-    parts = ["\n".join(streaming), about_streaming, "\n".join(decoding), about_decoding]
+    parts = [markdown(["workers", "images/s", "a core"], streaming), about_streaming]
+    parts += [markdown(["one thread", *sizes], decoding), about_decoding]
     parts += [*in_memory.table_and_notes(content["in_memory"]), notes]
     setting.write(folder, "data", content, title, parts)
     print("\n\n".join(parts))

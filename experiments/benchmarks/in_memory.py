@@ -7,18 +7,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from benchmarks import setting
-from dgl_jax.auxiliary import head_for_loss
-from dgl_jax.config import default_config, from_dict
-from dgl_jax.data import Dataset, in_memory, shardings
+from benchmarks import setting, step
+from dgl_jax.data import in_memory, shardings
 from dgl_jax.data.sources import Arrays
-from dgl_jax.grouping import choose_cuts, configured_network, make_classifiers
-from dgl_jax.losses import make_loss_fns
-from dgl_jax.methods import METHODS
-from dgl_jax.optim import make_optimizer
-from dgl_jax.pipeline import init_states
-from dgl_jax.placement import make_placements
-from dgl_jax.types import TrainState
+from dgl_jax.tables import markdown, spread
 
 _CONSUMER = flags.DEFINE_string("consumer", "cnn6", "data: the network beside a set in memory.")
 
@@ -26,7 +18,7 @@ _SHAPE = (50_000, 32, 32, 3)
 
 
 def images_per_second() -> dict[str, list[float]]:
-    """Images a second, of a set in memory and of training on one batch of it again and again."""
+    """Images a second, of a set in memory and of training on one batch again and again."""
     rng, batch_size = np.random.default_rng(0), setting.BATCH_SIZE.value
     images = rng.integers(0, 256, _SHAPE, np.uint8)
     labels = rng.integers(0, setting.NUM_CLASSES, len(images), np.int32)
@@ -43,7 +35,7 @@ def images_per_second() -> dict[str, list[float]]:
             batch = dataset.batch_at(next(steps))
         jax.block_until_ready(batch)
 
-    turns = {"input": read_an_epoch, "training": _training(dataset)}
+    turns = {"input": read_an_epoch, "training": _training()}
     seconds = setting.interleaved_seconds(turns, setting.ROUNDS.value, num_steps=1)
     num_steps = {"input": dataset.steps_per_epoch, "training": setting.STEPS.value}
     return {
@@ -51,51 +43,26 @@ def images_per_second() -> dict[str, list[float]]:
     }
 
 
-def _training(dataset: Dataset) -> Callable[[int], None]:
+def _training() -> Callable[[int], None]:
     """Some steps of DGL, each layer a block, all in one program."""
-    given = default_config()
-    given.network.name = _CONSUMER.value
-    given.network.width_factor = setting.WIDTH_FACTOR.value
-    given.optimizer.schedule = "constant"
-    config, num_classes = from_dict(given.to_dict()), setting.NUM_CLASSES
-    network = configured_network(config, num_classes)
-    cuts = choose_cuts(config, network, num_classes, dataset.image_shape)
-    heads = make_classifiers(config, (config.auxiliary.name,) * len(cuts), num_classes)
-    heads = tuple(head_for_loss(config.loss.name, head, None) for head in heads)
-    loss_fns = make_loss_fns(config.loss, len(cuts) + 1, num_classes)
-    method, key = METHODS["dgl"], jax.random.key(0)
-    blocks = method.make_blocks(network, cuts, heads, loss_fns)
-    placements = make_placements(config.placement, len(blocks))
-    optimizer = make_optimizer(config.optimizer, 10**6, 10**6)
-    state = TrainState(init_states(blocks, optimizer, key, dataset.image_shape, placements))
-    runner = method.make_runner(config, blocks, optimizer, key, placements)
-    tasks = method.make_schedule(config, len(blocks), 10**6, 10**6).tasks(0)
-    batch = dataset.batch_at(0)
-
-    def run(_):
-        nonlocal state
-        for _ in range(setting.STEPS.value):
-            state, _ = runner.step(state, next(tasks), lambda step: batch)
-        jax.block_until_ready(state)
-
-    return run
+    consumer = (_CONSUMER.value, setting.WIDTH_FACTOR.value)
+    run, _ = step.fused(step.variant_config(*consumer, "per_layer"))
+    return lambda _: run(setting.STEPS.value)
 
 
 def table_and_notes(rates: dict[str, list[float]]) -> tuple[str, str]:
     """What `images_per_second` has measured, in Markdown."""
     pairs = zip(rates["training"], rates["input"], strict=True)
-    share = setting.spread([100 * used / arrived for used, arrived in pairs], ".1f")
+    share = spread([100 * used / arrived for used, arrived in pairs], ".1f")
     consumer = f"{_CONSUMER.value} x {setting.WIDTH_FACTOR.value:g}"
-    table = [
-        "| a set in memory | images/s |",
-        "|---|---|",
-        f"| `batch_at`: gather, crop, flip, normalise | {setting.spread(rates['input'], '.0f')} |",
-        f"| used by training {consumer} with DGL | {setting.spread(rates['training'], '.0f')} |",
-        f"| a batch's input, % of a training step | {share} |",
+    rows = [
+        ["`batch_at`: gather, crop, flip, normalise", spread(rates["input"], ".0f")],
+        [f"used by training {consumer} with DGL", spread(rates["training"], ".0f")],
+        ["a batch's input, % of a training step", share],
     ]
     notes = (
         f"{_SHAPE[0]:,} images of {_SHAPE[1]}x{_SHAPE[2]} on the device, batches of "
         f"{setting.BATCH_SIZE.value}: an epoch of input a turn, its new order included; "
         f"{setting.STEPS.value} training steps on one batch, each layer a block, in one program."
     )
-    return "\n".join(table), notes
+    return markdown(["a set in memory", "images/s"], rows), notes

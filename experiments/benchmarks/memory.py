@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import setting, step
-from dgl_jax.block import init_block_state, make_block_feed, make_block_step
+from dgl_jax.block import make_block_step
 from dgl_jax.config import Config
 from dgl_jax.errors import UserError
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import make_fused_step
 from dgl_jax.schedule import UPDATE
+from dgl_jax.tables import markdown
 from dgl_jax.types import Batch
 
 _CUTS = flags.DEFINE_list(
@@ -72,26 +72,18 @@ def _variants(make: Callable[..., Config]) -> Iterator[tuple[str, Config]]:
 def _measure(config: Config) -> dict[str, Any]:
     blocks, cuts = step.configured(config)
     optimizer = make_optimizer(config.optimizer, 10**6, 10**6)
-    size = setting.IMAGE_SIZE.value
-    x = jax.ShapeDtypeStruct((config.train.batch_size, size, size, 3), jnp.float32)
-    labels = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    states, inputs = [], [x]
-    for block in blocks:
-        init = lambda key, x, block=block: init_block_state(block, optimizer, key, x)
-        states.append(jax.eval_shape(init, key, inputs[-1]))
-        inputs.append(jax.eval_shape(make_block_feed(block), states[-1], inputs[-1]))
+    given, labels, key = step.shapes(blocks, optimizer)
+    states, inputs = zip(*given, strict=True)
     operations = [(block.index, UPDATE) for block in blocks]
     keys = [key] * len(blocks)
-    fused = _analysis(
-        make_fused_step(blocks, optimizer, operations), tuple(states), Batch(x, labels), keys
-    )
+    fused_step = make_fused_step(blocks, optimizer, operations)
+    fused = _analysis(fused_step, states, Batch(inputs[0], labels), keys)
     if len(blocks) == 1:
         alone = [fused]
     else:
         alone = [
             _analysis(make_block_step(block, optimizer), state, x, labels, key)
-            for block, state, x in zip(blocks, states, inputs)
+            for block, (state, x) in zip(blocks, given, strict=True)
         ]
     return {
         "cuts": list(cuts),
@@ -108,14 +100,10 @@ def _analysis(fn, *args):
 
 def memory_table(content: dict[str, Any]) -> str:
     """One row a network and variant."""
-    lines = [
-        (
-            "| network | variant | cuts | temporaries, MiB | / backprop "
-            f"| images in {content['memory_gib']:g} GiB | over backprop "
-            "| largest block alone, MiB | all / largest |"
-        ),
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["network", "variant", "cuts", "temporaries, MiB", "/ backprop"]
+    header += [f"images in {content['memory_gib']:g} GiB", "over backprop"]
+    header += ["largest block alone, MiB", "all / largest"]
+    rows = []
     budget = content["memory_gib"] * _GIB
     for row in content["rows"]:
         base = next(
@@ -129,19 +117,20 @@ def memory_table(content: dict[str, Any]) -> str:
         )
         largest = max(row["block_temp_bytes"])
         cuts = row["cuts"]
-        cells = [
-            row["network"],
-            row["variant"],
-            ", ".join(map(str, cuts)) if len(cuts) < 8 else "",
-            f"{row['temp_bytes'] / _MIB:.0f}",
-            f"{row['temp_bytes'] / base['temp_bytes']:.3f}",
-            f"{images:.0f}",
-            f"{100 * (images / base_images - 1):+.0f} %",
-            f"{largest / _MIB:.0f}",
-            f"{row['temp_bytes'] / largest:.3f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(
+            [
+                row["network"],
+                row["variant"],
+                ", ".join(map(str, cuts)) if len(cuts) < 8 else "",
+                f"{row['temp_bytes'] / _MIB:.0f}",
+                f"{row['temp_bytes'] / base['temp_bytes']:.3f}",
+                f"{images:.0f}",
+                f"{100 * (images / base_images - 1):+.0f} %",
+                f"{largest / _MIB:.0f}",
+                f"{row['temp_bytes'] / largest:.3f}",
+            ]
+        )
+    return markdown(header, rows)
 
 
 def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:

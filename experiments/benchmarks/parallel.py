@@ -47,7 +47,7 @@ from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements, request_cpu_devices
 from dgl_jax.schedule import synchronous
 from dgl_jax.simulator import simulate
-from dgl_jax.tables import parallel_table
+from dgl_jax.tables import markdown, parallel_table, spread
 from dgl_jax.task_lists import BlockLoad, Scenario
 from dgl_jax.transfer import place
 from dgl_jax.types import Batch, TrainState
@@ -388,17 +388,17 @@ def dispatch(folder: pathlib.Path) -> list[str]:
             seconds.append((time.perf_counter() - start) / _DISPATCH_STEPS)
         rows.append({"num_blocks": num_blocks, "step_seconds": seconds[1:]})  # The first compiles.
     content = setting.machine() | {"rows": rows}
-    lines = ["| K | step, µs (least to most) | per block, µs |", "|---|---|---|"]
+    cells = []
     for row in rows:
         micros = [1e6 * seconds for seconds in row["step_seconds"]]
         per_block = statistics.median(micros) / row["num_blocks"]
-        lines.append(f"| {row['num_blocks']} | {setting.spread(micros, '.0f')} | {per_block:.0f} |")
+        cells.append([str(row["num_blocks"]), spread(micros, ".0f"), f"{per_block:.0f}"])
     notes = (
         f"{setting.on_what(content)}. Blocks of one Dense(1) layer and a head, a batch of one "
         f"number, each on a CPU device of its own; medians of {setting.ROUNDS.value} rounds of "
         f"{_DISPATCH_STEPS} steps."
     )
-    table = "\n".join(lines)
+    table = markdown(["K", "step, µs (least to most)", "per block, µs"], cells)
     setting.write(folder, "dispatch", content, "The host's part of a step", [table, notes])
     print(table)
     return []

@@ -29,6 +29,7 @@ from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states
 from dgl_jax.placement import BlockPlacement, make_placements
 from dgl_jax.schedule import UPDATE
+from dgl_jax.tables import markdown, spread
 from dgl_jax.types import BlockState
 
 _BUFFER_SIZES = flags.DEFINE_list("buffer_sizes", ["1", "10", "50", "200"], "replay: M.")
@@ -149,15 +150,15 @@ def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
     mebibytes = lambda number: f"{number / 2**20:.3g}"
     columns = ["dtype", "M", "ring, MiB", "mini-batch, MiB", "write, ms", "read, ms", "turn, ms"]
     columns += ["temporaries of write, MiB", "of read", "of turn", "in place"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = []
     for row in content["rows"]:
         cells = [row["buffer_dtype"], str(row["buffer_size"])]
         cells += [mebibytes(row["ring_bytes"]), mebibytes(row["mini_batch_bytes"])]
         for name in ("write", "read", "turn"):
-            cells.append(setting.spread([1e3 * value for value in row[name]["seconds"]], ".2f"))
+            cells.append(spread([1e3 * value for value in row[name]["seconds"]], ".2f"))
         cells += [mebibytes(row[name]["temp_bytes"]) for name in ("write", "read", "turn")]
         in_place = all(row[name]["alias_bytes"] >= row["ring_bytes"] for name in ("write", "turn"))
-        lines.append("| " + " | ".join([*cells, "yes" if in_place else "no"]) + " |")
+        rows.append([*cells, "yes" if in_place else "no"])
     notes = (
         f"{setting.on_what(content)}; device {content['device']}. Medians of "
         f"{setting.ROUNDS.value} rounds of {setting.STEPS.value}, the sizes of a dtype in turn, "
@@ -165,7 +166,7 @@ def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
         "head, write to the own buffer. In place: the donated buffer, and so the whole ring, is "
         "the output's memory. No implicit transfer between host and device was allowed."
     )
-    table = "\n".join(lines)
+    table = markdown(columns, rows)
     title = f"Replay buffers of mini-batches {'x'.join(map(str, content['activations']))}"
     setting.write(folder, "replay", content, title, [table, notes])
     print(table)

@@ -5,7 +5,6 @@ import os
 import pathlib
 import platform
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -61,12 +60,6 @@ def whole_numbers(flag: flags.FlagHolder, least: int) -> list[int]:
             f"try {','.join(flag.default)}"
         )
     return [int(word) for word in dict.fromkeys(words)]
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """The median, and from the least to the most."""
-    low, high = (format(value, form) for value in (min(values), max(values)))
-    return f"{statistics.median(values):{form}} ({low} to {high})"
 
 
 def machine() -> dict[str, Any]:

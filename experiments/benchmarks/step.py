@@ -16,20 +16,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from absl import flags
 
 from benchmarks import setting
 from dgl_jax import cost
-from dgl_jax.block import Block, make_block_step
+from dgl_jax.block import Block, init_block_state, make_block_feed, make_block_step
 from dgl_jax.config import Config, default_config, from_dict
-from dgl_jax.data.dataset import DeviceStream
 from dgl_jax.errors import UserError
 from dgl_jax.grouping import choose_cuts, configured_blocks, configured_network
 from dgl_jax.methods import METHODS
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements
-from dgl_jax.types import Batch, TrainState
+from dgl_jax.tables import markdown, spread
+from dgl_jax.types import Batch, DeviceStream, TrainState
 
 NETWORKS = flags.DEFINE_list(
     "networks",
@@ -91,13 +92,8 @@ def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:
 def step_table(content: dict[str, Any]) -> str:
     """One row a network and variant."""
     by_name = {(row["network"], row["variant"]): row["step_seconds"] for row in content["rows"]}
-    lines = [
-        (
-            "| network | variant | step, ms | / backprop | / PyTorch's | GFLOP/s "
-            "| of a matrix product |"
-        ),
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = ["network", "variant", "step, ms", "/ backprop", "/ PyTorch's", "GFLOP/s"]
+    rows = []
     for row in content["rows"]:
         network, variant, seconds = row["network"], row["variant"], row["step_seconds"]
 
@@ -105,7 +101,7 @@ def step_table(content: dict[str, Any]) -> str:
             other = by_name.get((network, name))
             if other is None or name == own:
                 return ""
-            return setting.spread([s / o for s, o in zip(seconds, other, strict=True)], ".3f")
+            return spread([s / o for s, o in zip(seconds, other, strict=True)], ".3f")
 
         prefix = "torch " if variant.startswith("torch ") else ""
         rate = share = ""
@@ -113,17 +109,18 @@ def step_table(content: dict[str, Any]) -> str:
             per_second = row["flops"] / statistics.median(seconds)
             rate = f"{per_second / 1e9:.0f}"
             share = f"{100 * per_second / content['matrix_flops_per_second']:.0f} %"
-        cells = [
-            network,
-            variant,
-            setting.spread([1000 * s for s in seconds], ".1f"),
-            ratio(f"{prefix}backprop"),
-            "" if prefix else ratio(f"torch {variant}"),
-            rate,
-            share,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(
+            [
+                network,
+                variant,
+                spread([1000 * s for s in seconds], ".1f"),
+                ratio(f"{prefix}backprop"),
+                "" if prefix else ratio(f"torch {variant}"),
+                rate,
+                share,
+            ]
+        )
+    return markdown([*header, "of a matrix product"], rows)
 
 
 def networks() -> list[tuple[str, str, float]]:
@@ -147,10 +144,11 @@ def _measure(network: str, name: str, width_factor: float) -> list[dict[str, Any
     turns, rows, processes = {}, [], []
     for blocks in ("1", *BLOCKS.value):
         config = variant_config(name, width_factor, blocks)
-        run, cuts, flops = fused(config)
+        run, cuts = fused(config)
         variant = "backprop" if blocks == "1" else f"dgl K={len(cuts) + 1}"
         turns[variant] = run
-        rows.append({"network": network, "variant": variant, "cuts": cuts, "flops": flops})
+        rows.append({"network": network, "variant": variant, "cuts": cuts})
+        rows[-1]["flops"] = _flops(config)
         if _TORCH.value:
             turns[f"torch {variant}"], process = _torch(name, width_factor, cuts)
             processes.append(process)
@@ -201,10 +199,35 @@ def configured(config: Config) -> tuple[tuple[Block, ...], tuple[int, ...]]:
     return configured_blocks(config, network, cuts, heads, setting.NUM_CLASSES), cuts
 
 
-def fused(
-    config: Config, *, count_flops: bool = True
-) -> tuple[Callable[[int], None], Sequence[int], float]:
-    """``run(number)`` of fused training on one batch, its cuts, and the FLOPs of a step."""
+def shapes(blocks: Sequence[Block], optimizer: optax.GradientTransformation) -> tuple[Any, ...]:
+    """Without computing anything: each block's (state, input), the labels, and a random key."""
+    size = setting.IMAGE_SIZE.value
+    x = jax.ShapeDtypeStruct((setting.BATCH_SIZE.value, size, size, 3), jnp.float32)
+    labels = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    given = []
+    for block in blocks:
+        init = lambda key, x, block=block: init_block_state(block, optimizer, key, x)
+        state = jax.eval_shape(init, key, x)
+        given.append((state, x))
+        x = jax.eval_shape(make_block_feed(block), state, x)
+    return given, labels, key
+
+
+def _flops(config: Config) -> float:
+    """Of a step; as if without loops, since XLA counts what a loop does once."""
+    blocks, _ = configured(config)
+    blocks = [dataclasses.replace(block, scan_layers=False) for block in blocks]
+    optimizer = make_optimizer(config.optimizer, 10**6, 10**6)
+    given, labels, key = shapes(blocks, optimizer)
+    return sum(
+        cost.flops(make_block_step(block, optimizer), state, x, labels, key)
+        for block, (state, x) in zip(blocks, given, strict=True)
+    )
+
+
+def fused(config: Config) -> tuple[Callable[[int], None], Sequence[int]]:
+    """``run(number)`` of fused training on one batch, and its cuts."""
     size, batch_size = setting.IMAGE_SIZE.value, config.train.batch_size
     blocks, cuts = configured(config)
     method = METHODS[config.method.name]
@@ -215,14 +238,6 @@ def fused(
     images = jax.random.normal(key, (batch_size, size, size, 3))
     labels = jax.random.randint(key, (batch_size,), 0, setting.NUM_CLASSES)
     batch = jax.device_put(Batch(images, labels), placements[0].batch)
-
-    flops, x = 0.0, images
-    for block, state in zip(blocks, states, strict=True) if count_flops else ():
-        # XLA counts what a loop does once.
-        unrolled = dataclasses.replace(block, scan_layers=False)
-        update = make_block_step(unrolled, optimizer)
-        flops += cost.flops(update, state, x, labels, key)
-        x = jax.eval_shape(update, state, x, labels, key).activations
 
     runner = method.make_runner(config, blocks, optimizer, key, placements)
     state = TrainState(states)
@@ -239,7 +254,7 @@ def fused(
                 state, _ = runner.step(state, next(tasks), lambda step: batch)
         jax.block_until_ready(state)
 
-    return run, cuts, flops
+    return run, cuts
 
 
 def _torch(
