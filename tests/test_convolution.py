@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from dgl_jax.models import winograd
 from dgl_jax.models.convolution import conv_general_dilated
 from dgl_jax.models.layers import Conv, max_pool_2x2
 
@@ -44,6 +45,57 @@ def test_equals_xla_to_second_order(case):
     size, (in_features, out_features), kernel_size, strides, padding = CASES[case]
     kernel_shape = (*kernel_size, in_features, out_features)
     _check_equals_xla((2, *size, in_features), kernel_shape, strides, padding, groups=1)
+
+
+def _xla_weight_gradient(x, dy):
+    def convolved(kernel):
+        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
+
+    kernel = jnp.zeros((3, 3, x.shape[-1], dy.shape[-1]), x.dtype)
+    return jax.vjp(convolved, kernel)[1](dy)[0]
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 12), (16, 4)])
+def test_winograds_weight_gradient_equals_xlas(size):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, dy = rng.standard_normal((2, *size, 5)), rng.standard_normal((2, *size, 7))
+        ours, xlas = winograd.weight_gradient(x, dy), _xla_weight_gradient(x, dy)
+        np.testing.assert_allclose(ours, xlas, rtol=1e-11, atol=1e-11)
+    x, dy = jnp.asarray(x, jnp.float32), jnp.asarray(dy, jnp.float32)
+    ours = winograd.weight_gradient(x, dy)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, xlas, atol=2e-5 * np.abs(xlas).max())
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "features", "options", "is_winograds"),
+    [
+        ((64, 8, 8, 128), 128, {}, True),
+        ((16, 16, 16, 128), 256, {}, True),
+        ((64, 8, 8, 128), 128, {"precision": lax.Precision.HIGHEST}, False),
+        ((64, 8, 8, 128), 128, {"dtype": jnp.bfloat16}, False),
+        ((64, 16, 16, 128), 128, {"strides": (2, 2)}, False),
+        ((64, 8, 8, 128), 64, {}, False),
+        ((64, 8, 8, 64), 128, {}, False),
+        ((63, 8, 8, 128), 128, {}, False),
+        ((64, 10, 8, 128), 128, {}, False),
+        ((64, 32, 32, 128), 128, {}, False),
+    ],
+)
+def test_where_the_weight_gradient_is_winograds(x_shape, features, options, is_winograds):
+    x, kernel = jnp.zeros(x_shape), jnp.zeros((3, 3, x_shape[-1], features))
+    options = {"strides": (1, 1), "dtype": jnp.float32} | options
+    x, kernel = (array.astype(options["dtype"]) for array in (x, kernel))
+    program = _primitives(
+        conv_general_dilated, x, kernel, options["strides"], ((1, 1), (1, 1)),
+        dimension_numbers=NHWC, precision=options.get("precision"),
+    )  # fmt: skip
+    assert ("dot_general" in program) == is_winograds
+
+
+def test_winograds_weight_gradient_to_second_order():
+    _check_equals_xla((64, 8, 8, 128), (3, 3, 128, 128), (1, 1), "SAME", groups=1)
 
 
 @pytest.mark.parametrize("case", DEPTHWISE_CASES)
