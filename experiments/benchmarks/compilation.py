@@ -81,7 +81,7 @@ def _first_step(cache: str) -> None:
         setting.NETWORK.value, setting.WIDTH_FACTOR.value, _NUM_BLOCKS.value
     )
     start = time.perf_counter()
-    run, _ = step.fused(config)
+    run, _, _ = step.fused(config)
     init_seconds = time.perf_counter() - start
     run(1)
     first_step_seconds = time.perf_counter() - start

@@ -46,7 +46,7 @@ def images_per_second() -> dict[str, list[float]]:
 def _training() -> Callable[[int], None]:
     """Some steps of DGL, each layer a block, all in one program."""
     consumer = (_CONSUMER.value, setting.WIDTH_FACTOR.value)
-    run, _ = step.fused(step.variant_config(*consumer, "per_layer"))
+    run, _, _ = step.fused(step.variant_config(*consumer, "per_layer"))
     return lambda _: run(setting.STEPS.value)
 
 

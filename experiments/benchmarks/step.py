@@ -11,6 +11,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ from dgl_jax.placement import make_placements
 from dgl_jax.tables import markdown, spread
 from dgl_jax.types import Batch, DeviceStream, TrainState
 
+_NUM_CLASSES = {"cifar": 10, "tiny_imagenet": 200, "imagenet": 1000}
+
 NETWORKS = flags.DEFINE_list(
     "networks",
     ["cnn6", "vgg19:0.25", "resnet110", "resnet50:0.25", "resnet152:0.25"],
@@ -39,6 +42,9 @@ NETWORKS = flags.DEFINE_list(
 )
 BLOCKS = flags.DEFINE_list(
     "blocks", ["2", "4"], "step, memory: numbers of blocks; per_layer: one a layer."
+)
+_FORM = flags.DEFINE_enum(
+    "form", "cifar", list(_NUM_CLASSES), "step, memory, compile: whose stem and head a network has."
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "step: of computing.")
 _SCAN_LAYERS = flags.DEFINE_bool("scan_layers", False, "step: runs of equal layers are loops.")
@@ -56,10 +62,13 @@ def step(folder: pathlib.Path) -> list[str]:
             f"--steps={setting.STEPS.value} must be a multiple of "
             f"--steps_per_call={_STEPS_PER_CALL.value}"
         )
+    if _TORCH.value and _FORM.value != "cifar":
+        raise UserError(f"--form={_FORM.value} must be cifar with --torch; leave out one of them")
     content = setting.machine() | {
         "batch_size": setting.BATCH_SIZE.value,
         "image_size": setting.IMAGE_SIZE.value,
         "dtype": _DTYPE.value,
+        "steps_per_call": _STEPS_PER_CALL.value,
         "scan_layers": _SCAN_LAYERS.value,
         "device": jax.devices()[0].device_kind,
         "matrix_flops_per_second": _matrix_flops_per_second(),
@@ -82,7 +91,9 @@ def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:
     notes = (
         f"{content['device']}, {setting.on_what(content)}. Medians of {setting.ROUNDS.value} "
         f"interleaved rounds of {setting.STEPS.value} steps, least to most in brackets; ratios "
-        "round by round. MLP-SR-aux heads, uniform cuts. FLOP/s: XLA's count before it compiles, "
+        "round by round. MLP-SR-aux heads, uniform cuts. Host: until the call that starts a step's "
+        "program returns, over its steps. FLOP/s: XLA's count before it compiles, in which Winograd's "
+        "form of a weight gradient counts as what it is, "
         f"over the time; a product of {_MATRIX_SIZE} x {_MATRIX_SIZE} matrices reached "
         f"{rate:.0f} GFLOP/s in the same dtype."
     )
@@ -92,7 +103,7 @@ def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:
 def step_table(content: dict[str, Any]) -> str:
     """One row a network and variant."""
     by_name = {(row["network"], row["variant"]): row["step_seconds"] for row in content["rows"]}
-    header = ["network", "variant", "step, ms", "/ backprop", "/ PyTorch's", "GFLOP/s"]
+    header = ["network", "variant", "step, ms", "/ backprop", "/ PyTorch's", "host, ms", "GFLOP/s"]
     rows = []
     for row in content["rows"]:
         network, variant, seconds = row["network"], row["variant"], row["step_seconds"]
@@ -104,7 +115,10 @@ def step_table(content: dict[str, Any]) -> str:
             return spread([s / o for s, o in zip(seconds, other, strict=True)], ".3f")
 
         prefix = "torch " if variant.startswith("torch ") else ""
-        rate = share = ""
+        host = rate = share = ""
+        if row["host_seconds"]:
+            calls = [s / content["steps_per_call"] for s in row["host_seconds"]]
+            host = f"{1000 * statistics.median(calls):.2f}"
         if row["flops"]:
             per_second = row["flops"] / statistics.median(seconds)
             rate = f"{per_second / 1e9:.0f}"
@@ -116,6 +130,7 @@ def step_table(content: dict[str, Any]) -> str:
                 spread([1000 * s for s in seconds], ".1f"),
                 ratio(f"{prefix}backprop"),
                 "" if prefix else ratio(f"torch {variant}"),
+                host,
                 rate,
                 share,
             ]
@@ -141,12 +156,12 @@ def networks() -> list[tuple[str, str, float]]:
 
 
 def _measure(network: str, name: str, width_factor: float) -> list[dict[str, Any]]:
-    turns, rows, processes = {}, [], []
+    turns, hosts, rows, processes = {}, {}, [], []
     for blocks in ("1", *BLOCKS.value):
         config = variant_config(name, width_factor, blocks)
-        run, cuts = fused(config)
+        run, cuts, host_seconds = fused(config)
         variant = "backprop" if blocks == "1" else f"dgl K={len(cuts) + 1}"
-        turns[variant] = run
+        turns[variant], hosts[variant] = run, host_seconds
         rows.append({"network": network, "variant": variant, "cuts": cuts})
         rows[-1]["flops"] = _flops(config)
         if _TORCH.value:
@@ -156,7 +171,11 @@ def _measure(network: str, name: str, width_factor: float) -> list[dict[str, Any
     seconds = setting.interleaved_seconds(turns, setting.ROUNDS.value, setting.STEPS.value)
     for process in processes:
         process.communicate()
-    return [row | {"step_seconds": seconds[row["variant"]]} for row in rows]
+    for row in rows:
+        row["step_seconds"] = seconds[row["variant"]]
+        # Of a call; the first one, to warm up, compiles.
+        row["host_seconds"] = hosts[row["variant"]][1:] if row["variant"] in hosts else None
+    return rows
 
 
 def variant_config(
@@ -170,7 +189,7 @@ def variant_config(
     given = default_config()
     given.method.name = "backprop" if blocks == "1" else "dgl"
     given.network.name, given.network.width_factor = name, width_factor
-    given.network.dtype = _DTYPE.value
+    given.network.form, given.network.dtype = _FORM.value, _DTYPE.value
     given.network.scan_layers = _SCAN_LAYERS.value
     given.auxiliary.name = "mlp_sr"
     given.train.batch_size = setting.BATCH_SIZE.value
@@ -191,12 +210,13 @@ def variant_config(
 def configured(config: Config) -> tuple[tuple[Block, ...], tuple[int, ...]]:
     """The blocks of a configuration, and its cuts."""
     size = setting.IMAGE_SIZE.value
-    network = configured_network(config, setting.NUM_CLASSES)
+    num_classes = _NUM_CLASSES[config.network.form]
+    network = configured_network(config, num_classes)
     cuts = ()
     if config.method.name != "backprop":
-        cuts = choose_cuts(config, network, setting.NUM_CLASSES, (size, size, 3))
+        cuts = choose_cuts(config, network, num_classes, (size, size, 3))
     heads = (config.auxiliary.name,) * len(cuts)
-    return configured_blocks(config, network, cuts, heads, setting.NUM_CLASSES), cuts
+    return configured_blocks(config, network, cuts, heads, num_classes), cuts
 
 
 def shapes(blocks: Sequence[Block], optimizer: optax.GradientTransformation) -> tuple[Any, ...]:
@@ -226,8 +246,11 @@ def _flops(config: Config) -> float:
     )
 
 
-def fused(config: Config) -> tuple[Callable[[int], None], Sequence[int]]:
-    """``run(number)`` of fused training on one batch, and its cuts."""
+def fused(config: Config) -> tuple[Callable[[int], None], Sequence[int], list[float]]:
+    """``run(number)`` of fused training on one batch, its cuts, and the host's part.
+
+    That is a list which gets a time, in seconds, for each ``run``: of starting its first program.
+    """
     size, batch_size = setting.IMAGE_SIZE.value, config.train.batch_size
     blocks, cuts = configured(config)
     method = METHODS[config.method.name]
@@ -236,25 +259,29 @@ def fused(config: Config) -> tuple[Callable[[int], None], Sequence[int]]:
     key = jax.random.key(0)
     states = init_states(blocks, optimizer, key, (size, size, 3), placements)
     images = jax.random.normal(key, (batch_size, size, size, 3))
-    labels = jax.random.randint(key, (batch_size,), 0, setting.NUM_CLASSES)
+    labels = jax.random.randint(key, (batch_size,), 0, _NUM_CLASSES[config.network.form])
     batch = jax.device_put(Batch(images, labels), placements[0].batch)
 
     runner = method.make_runner(config, blocks, optimizer, key, placements)
     state = TrainState(states)
     tasks = method.make_schedule(config, len(blocks), 10**6, 10**6).tasks(0)
     stream = DeviceStream(lambda step: batch, lambda batch, step: batch)
+    host_seconds = []
 
     def run(number):
         nonlocal state
-        for _ in range(-(-number // config.train.steps_per_call)):
+        start = time.perf_counter()
+        for call in range(-(-number // config.train.steps_per_call)):
             if config.train.steps_per_call > 1:
                 turns = list(itertools.islice(tasks, config.train.steps_per_call))
                 state, _ = runner.steps(state, turns, stream)
             else:
                 state, _ = runner.step(state, next(tasks), lambda step: batch)
+            if call == 0:
+                host_seconds.append(time.perf_counter() - start)
         jax.block_until_ready(state)
 
-    return run, cuts
+    return run, cuts, host_seconds
 
 
 def _torch(
