@@ -197,6 +197,8 @@ def test_a_step_beside_backprops(tmp_path):
     assert [row["cuts"] for row in rows] == [[], [1], [0, 1, 2]]
     for row in rows:
         assert len(row["step_seconds"]) == 2 and min(row["step_seconds"]) > 0
+        assert len(row["host_seconds"]) == 2
+        assert all(0 < s < 4 * total for s, total in zip(row["host_seconds"], row["step_seconds"]))
         # Blocks have heads of their own, but no gradient of what they are given.
         assert 0.8 < row["flops"] / rows[0]["flops"] < 1.2
     ratios = sorted(b / a for a, b in zip(rows[0]["step_seconds"], rows[1]["step_seconds"]))

@@ -64,6 +64,7 @@ def step(folder: pathlib.Path) -> list[str]:
         )
     if _TORCH.value and _FORM.value != "cifar":
         raise UserError(f"--form={_FORM.value} must be cifar with --torch; leave out one of them")
+    given = networks()  # Mistakes first: what follows takes seconds.
     content = setting.machine() | {
         "batch_size": setting.BATCH_SIZE.value,
         "image_size": setting.IMAGE_SIZE.value,
@@ -74,7 +75,7 @@ def step(folder: pathlib.Path) -> list[str]:
         "matrix_flops_per_second": _matrix_flops_per_second(),
         "rows": [],
     }
-    for network, name, width_factor in networks():
+    for network, name, width_factor in given:
         content["rows"] += _measure(network, name, width_factor)
         table = step_table(content)
         _write(folder, content, table)  # After each: the next may take the machine with it.
