@@ -94,6 +94,16 @@ def test_where_the_weight_gradient_is_winograds(x_shape, features, options, is_w
     assert ("dot_general" in program) == is_winograds
 
 
+@pytest.mark.parametrize("batch_size", [24, 15])
+def test_weight_gradient_over_parts_of_the_batch(batch_size):
+    # In float32 24 images of 40 KiB are summed over in two parts, an odd number at once.
+    x_shape, kernel_shape = (batch_size, 32, 32, 10), (3, 3, 10, 4)
+    _check_equals_xla(x_shape, kernel_shape, (2, 2), "SAME", groups=1)
+    x, kernel = jnp.ones(x_shape), jnp.ones(kernel_shape)
+    program = _primitives(conv_general_dilated, x, kernel, (2, 2), "SAME", dimension_numbers=NHWC)
+    assert ("while" in program or "scan" in program) == (batch_size == 24)
+
+
 def test_winograds_weight_gradient_to_second_order():
     _check_equals_xla((64, 8, 8, 128), (3, 3, 128, 128), (1, 1), "SAME", groups=1)
 
