@@ -255,8 +255,9 @@ def judge(row: evidence.Row, measured: Mapping[str, Any] | None) -> dict[str, An
         words = evidence.NOT_RUN if measured is None else "no number published"
         return {"verdict": words, "colour": "grey", "difference": None, "error": None}
     difference = measured["mean"] - row.published
-    variance = evidence.variance_of_mean(measured["deviation"], len(measured["runs"]))
-    error = 2 * math.sqrt(variance + evidence.variance_of_mean(row.spread, 1))
+    ours = _measured(row, measured)
+    theirs = evidence.assumed_spread(row) if row.spread is None else row.spread
+    error = 2 * math.sqrt(ours.deviation**2 / ours.runs + theirs**2)
     side, beyond = "above" if difference > 0 else "below", abs(difference) - error
     colour = "green" if beyond <= 0 else "amber" if beyond <= _NEAR else "red"
     words = {"green": "agrees", "amber": f"near, {side}", "red": f"differs, {side}"}[colour]
@@ -282,23 +283,27 @@ def measure(runs: Sequence[Run], others: Mapping[str, str]) -> dict[str, Any]:
             rows.append(about | {"measured": full} | judge(row, full) | {"reduced": reduced})
         items.append(item._asdict() | {"rows": rows})
     for claim in evidence.CLAIMS:
-        rows = next(item["rows"] for item in items if item["name"] == claim.item)
-        measured = {row["label"]: _measured(row) for row in rows if row["measured"]}
+        item = next(item for item in evidence.ITEMS if item.name == claim.item)
+        found = zip(item.rows, next(i["rows"] for i in items if i["name"] == claim.item))
+        measured = {
+            row.label: _measured(row, one["measured"]) for row, one in found if one["measured"]
+        }
         verdict, compared = evidence.decide(claim, measured), []
         for comparison in claim.comparisons:
             found = zip(("verdict", "difference", "error"), evidence.compare(comparison, measured))
             compared.append({"rule": str(comparison), **comparison._asdict(), **dict(found)})
         words = {"verdict": verdict, "colour": _COLOURS[verdict], "comparisons": compared}
-        claims.append(claim._asdict() | words)
+        claims.append(claim._asdict() | {"paper": item.paper} | words)
     others |= {run.folder: "matches no row" for run in runs if run.folder not in {*used, *others}}
     return {"items": items, "claims": claims, "other_runs": dict(sorted(others.items()))}
 
 
-def _measured(row: Mapping[str, Any]) -> evidence.Measured:
-    full = row["measured"]
-    is_whole = {run["configuration"] for run in full["runs"]} == set(row["configurations"])
-    deviation = 0.0 if row["unit"] == evidence.FLOPS else full["deviation"]  # FLOPs are counted.
-    return evidence.Measured(full["mean"], deviation, len(full["runs"]), is_whole)
+def _measured(row: evidence.Row, found: Mapping[str, Any]) -> evidence.Measured:
+    deviation = found["deviation"]
+    deviation = evidence.assumed_spread(row) if deviation is None else deviation
+    has_run = {run["configuration"] for run in found["runs"]}
+    is_whole = has_run == set(evidence.configurations(row))
+    return evidence.Measured(found["mean"], deviation, len(found["runs"]), is_whole)
 
 
 # ---- Pictures.
@@ -372,10 +377,11 @@ _RULES = (
     "twice its standard error; between, it is not decided. A figure agrees with the published one "
     "(green) within twice the standard error of their difference, is near (amber) up to "
     f"{_NEAR:g} % beyond, and differs (red) further on. Where there is one run, published or ours, "
-    f"a standard deviation of {evidence.SPREAD_OF_ONE_RUN:g} % is assumed. Measured: the mean over "
-    "runs ± their standard deviation (of a sample). A run counts for a row if its configuration is "
-    f"the row's but for {', '.join(_NOT_LEARNED)}. Reduced settings, fewer epochs or a word such "
-    "as short, are other experiments and judge nothing."
+    f"a standard deviation of {evidence.SPREAD:g} % is assumed, of {evidence.EARLY_SPREAD:g} % "
+    "before the end. Measured: the mean over runs ± their standard deviation (of a sample). A run "
+    f"counts for a row if its configuration is the row's but for {', '.join(_NOT_LEARNED)}. "
+    "Reduced settings, fewer epochs or a word such as short, are other experiments and judge "
+    "nothing."
 )
 _HEADER = [
     "row", "configuration", "unit", "published", "measured", "runs", "epochs", "device",
@@ -388,7 +394,12 @@ def page(content: Mapping[str, Any], pictures: Mapping[str, Any]) -> list[tuple[
     rows = [row for item in content["items"] for row in item["rows"]]
     count = f"{sum(row['measured'] is not None for row in rows)} of {len(rows)} figures"
     claims = [
-        [claim["sentence"], claim["verdict"], claim["item"], _compared(claim["comparisons"])]
+        [
+            claim["sentence"],
+            claim["verdict"],
+            f"{claim['paper']}, {claim['item']}",
+            _compared(claim["comparisons"]),
+        ]
         for claim in content["claims"]
     ]
     header = ["claim", "verdict", "from", "difference ± twice its standard error"]

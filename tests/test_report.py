@@ -170,7 +170,8 @@ def test_mean_deviation_seeds_and_difference(tmp_path):
 )
 def test_a_figure_beside_the_published_one(row, measured, verdict, colour):
     row = evidence.Row(row[0], "table1.py:cnn", row[1])
-    found = measured and {"mean": measured, "deviation": None, "runs": [{}]}
+    runs = [{"configuration": row.config}]
+    found = measured and {"mean": measured, "deviation": None, "runs": runs}
     judged = report.judge(row, found)
     assert (judged["verdict"], judged["colour"]) == (verdict, colour)
 
@@ -403,10 +404,26 @@ def test_the_rule_is_twice_the_standard_error():
     ):  # fmt: skip
         found = verdict((90 + difference, 0.3, 3), (90.0, 0.4, 2), by)
         assert found == (expected, pytest.approx(difference), pytest.approx(error))
-    # One run: its deviation is assumed; rows without all their blocks decide nothing.
-    assert verdict((92.0, None, 1), (90.0, None, 1))[::2] == ("holds", pytest.approx(np.sqrt(2)))
-    assert verdict((91.4, None, 1), (90.0, None, 1))[0] == "not decided"
+    # Rows without all their blocks decide nothing.
     assert verdict((99.0, 0.1, 3), (90.0, 0.1, 3), is_whole=False)[0] == "not decided"
+
+
+@pytest.mark.parametrize(
+    "dgl, verdicts",
+    [  # Half a per cent is assumed at the end, two before: 1.41 and 5.66 either way.
+        ((0.887, 0.70), ["not decided", "holds"]),
+        ((0.8955, 0.80), ["holds", "not decided"]),
+        ((0.866, 0.91), ["does not hold", "does not hold"]),
+    ],
+)
+def test_of_a_single_run_the_spread_is_assumed(tmp_path, dgl, verdicts):
+    for method, (last, early), first in (("dgl", dgl, 0), ("sequential", (0.891, 0.85), 3000)):
+        _write_run(tmp_path / "runs" / method, f"figure34.py:{method}", test_top1=[0.5] * 3 + [last],
+                   metrics=[{"step": first + 300, "test/block_3/top1": early}])  # fmt: skip
+    claim = _claim(_report(tmp_path), _EARLY)
+    assert [one["verdict"] for one in claim["comparisons"]] == verdicts
+    errors = [one["error"] for one in claim["comparisons"]]
+    assert errors == pytest.approx([2 * np.sqrt(0.5), 2 * np.sqrt(8)])
 
 
 def test_a_delayed_block_counts_with_the_other_five(tmp_path):
