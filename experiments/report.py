@@ -251,9 +251,11 @@ def point(
 
 def judge(row: evidence.Row, measured: Mapping[str, Any] | None) -> dict[str, Any]:
     """A figure against the published one, by twice the standard error of their difference."""
-    if measured is None or row.published is None:
-        words = evidence.NOT_RUN if measured is None else "no number published"
-        return {"verdict": words, "colour": "grey", "difference": None, "error": None}
+    nothing = {"difference": None, "error": None}
+    if measured is None:
+        return {"verdict": evidence.NOT_RUN, "colour": "grey"} | nothing
+    if row.published is None:
+        return {"verdict": "no number published", "colour": "plain"} | nothing
     difference = measured["mean"] - row.published
     ours = _measured(row, measured)
     theirs = evidence.assumed_spread(row) if row.spread is None else row.spread
@@ -351,14 +353,13 @@ def _plot_values(axes: Any, members: Mapping[evidence.Row, Any], is_full: bool) 
     points = [point(row, found) for row, found in members.items()]
     means, places = [found["mean"] for found in points], range(len(points))
     errors = {"yerr": [found["deviation"] or 0.0 for found in points], "capsize": 3}
-    published = [row.published for row in members if row.published is not None]
-    if published:
-        axes.bar(places, means, width=0.5, label="measured", **errors)
-        axes.set_ylim(min(means + published) - 2, max(means + published) + 2)
-        if is_full:
-            axes.plot(places, published, "kD", label="published")
-    else:
+    if next(iter(members)).published is None:
         axes.errorbar(places, means, fmt="o", label="measured", **errors)
+    else:
+        published = [row.published for row in members] if is_full else []
+        axes.bar(places, means, width=0.5, label="measured", **errors)
+        axes.plot(places[: len(published)], published, "kD", label="published")
+        axes.set_ylim(min(means + published) - 2, max(means + published) + 2)
     axes.set_xticks(places, [row.label.replace("synchronous ", "") for row in members])
 
 
@@ -383,10 +384,8 @@ _RULES = (
     "Reduced settings, fewer epochs or a word such as short, are other experiments and judge "
     "nothing."
 )
-_HEADER = [
-    "row", "configuration", "unit", "published", "measured", "runs", "epochs", "device",
-    "difference", "verdict", "reduced settings",
-]  # fmt: skip
+_HEADER = ["configuration", "published", "measured", "runs", "epochs", "device", "difference"]
+_HEADER += ["verdict", "reduced settings"]
 
 
 def page(content: Mapping[str, Any], pictures: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -395,14 +394,14 @@ def page(content: Mapping[str, Any], pictures: Mapping[str, Any]) -> list[tuple[
     count = f"{sum(row['measured'] is not None for row in rows)} of {len(rows)} figures"
     claims = [
         [
-            claim["sentence"],
             claim["verdict"],
+            claim["sentence"],
             f"{claim['paper']}, {claim['item']}",
             _compared(claim["comparisons"]),
         ]
         for claim in content["claims"]
     ]
-    header = ["claim", "verdict", "from", "difference ± twice its standard error"]
+    header = ["verdict", "claim", "from", "difference ± twice its standard error"]
     parts = [
         ("h1", "What the papers report, and what was measured"),
         ("p", f"{count} were measured at the papers' own settings; the others say: not run."),
@@ -412,10 +411,11 @@ def page(content: Mapping[str, Any], pictures: Mapping[str, Any]) -> list[tuple[
     ]
     for item in content["items"]:
         colours = [row["colour"] for row in item["rows"]]
+        header = [f"test {item['rows'][0]['unit']}", *_HEADER]
         parts += [
             ("h2", f"{item['paper']}, {item['name']}: {item['title']}"),
             ("p", item["note"]),
-            ("table", (_HEADER, [_cells(row) for row in item["rows"]], colours)),
+            ("table", (header, [_cells(row) for row in item["rows"]], colours)),
             ("pre", f"{_COMMAND}  # {item['seeds']} seed(s), from 0"),
             *(("img", picture) for picture in pictures.get(item["name"], ())),
         ]
@@ -435,7 +435,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["label"],
         names[0] + (f" ... {names[-1].rpartition(',')[2]}" if len(names) > 1 else ""),
-        row["unit"],
         "-" if published is None else str(published),
         _value(found) if found else evidence.NOT_RUN,
         f"{len(found['runs']) if found else 0} of {row['wanted_runs']}",
@@ -484,7 +483,8 @@ def to_html(parts: Sequence[tuple[str, Any]]) -> str:
             texts.append('<div class="box"><table>')
             for cells, colour in zip([header, *rows], ["head", *colours], strict=True):
                 tag = "th" if colour == "head" else "td"
-                row = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+                tags = (f"<{tag} class=long>" if len(cell) > 40 else f"<{tag}>" for cell in cells)
+                row = "".join(f"{t}{html.escape(cell)}</{tag}>" for t, cell in zip(tags, cells))
                 texts.append(f'<tr class="{colour}">{row}</tr>')
             texts.append("</table></div>")
         elif kind == "img":
@@ -501,10 +501,12 @@ _HEAD = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body { font: 16px/1.5 sans-serif; color: #222; max-width: 1240px; margin: auto; padding: 0 16px }
-.box, pre { overflow-x: auto; margin: 12px 0 }
-pre { background: #f4f4f4; padding: 8px }
-table { border-collapse: collapse; font-size: 14px }
-td, th { text-align: left; vertical-align: top; padding: 4px 10px; border-bottom: 1px solid #ddd }
+.box { overflow-x: auto } .box, pre { margin: 12px 0 }
+pre { background: #f4f4f4; padding: 8px; white-space: pre-wrap }
+table { border-collapse: collapse; font-size: 13px }
+td, th { text-align: left; vertical-align: top; padding: 4px 8px; border-bottom: 1px solid #ddd;
+  white-space: nowrap }
+.long { white-space: normal; min-width: 20em }
 .green td { background: #dcf2e1 } .red td { background: #fbdcd9 }
 .amber td { background: #fdf0cd } .grey td { color: #595959 }
 img { width: 700px; max-width: none }
