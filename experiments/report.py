@@ -502,7 +502,7 @@ _HEAD = """<!doctype html>
 <style>
 body { font: 16px/1.5 sans-serif; color: #222; max-width: 1240px; margin: auto; padding: 0 16px }
 .box { overflow-x: auto } .box, pre { margin: 12px 0 }
-pre { background: #f4f4f4; padding: 8px; white-space: pre-wrap }
+pre { background: #f4f4f4; padding: 8px; white-space: pre-wrap; overflow-wrap: anywhere }
 table { border-collapse: collapse; font-size: 13px }
 td, th { text-align: left; vertical-align: top; padding: 4px 8px; border-bottom: 1px solid #ddd;
   white-space: nowrap }

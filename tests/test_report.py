@@ -622,6 +622,7 @@ def test_the_page_needs_no_other_file_and_says_verdicts_in_words(tmp_path):
     assert page.sources and all(source.startswith("data:image/svg+xml;") for source in page.sources)
     assert "http" not in re.sub(r'src="data:[^"]*"', "", text) and "@import" not in text
     assert '<meta name="viewport" content="width=device-width' in text
+    assert ".box { overflow-x: auto }" in text and "overflow-wrap: anywhere" in text
     words = {colour: set() for colour in ("green", "amber", "red", "grey", "head")}
     for colour, cells in page.rows:
         words[colour].add(cells[8] if len(cells) == 10 else cells[len(cells) == 2])
