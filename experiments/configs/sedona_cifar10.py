@@ -4,7 +4,7 @@
         --workdir=runs/sedona_resnet50 --config.data.data_dir=TFDS_DIR
 
 Words: dgl, predsim, backprop, sedona (the method); vgg19, resnet50, resnet101, resnet152; K=4,
-K=2, K=8 (blocks; not of backprop); full, short.
+K=2, K=8, K=16 (blocks; not of backprop); full, short.
 
 Expected (SEDONA's slides, K = 4; test error, %):
 
@@ -16,8 +16,8 @@ Expected (SEDONA's slides, K = 4; test error, %):
 
 Widths of 16-32-64-128, a quarter of the usual. The cuts of the baselines are uniform; SEDONA's
 cuts and heads come from the decision variables that its authors released, in
-experiments/published. At K = 8 those of resnet101 differ by less than 1e-6 where it counts, so
-that chance chose among them; a run says so. One's own search takes their place:
+experiments/published. From K = 8 on those of resnet101 differ by less than 1e-6 where it counts,
+so that chance chose among them; a run says so. One's own search takes their place:
 
     --config.partition.from_search=FILE
 
@@ -42,7 +42,7 @@ from dgl_jax.variants import choose_words
 WORDS = (
     ("dgl", "predsim", "backprop", "sedona"),
     ("vgg19", "resnet50", "resnet101", "resnet152"),
-    ("K=4", "K=2", "K=8"),
+    ("K=4", "K=2", "K=8", "K=16"),
     ("full", "short"),
 )
 _PUBLISHED = pathlib.Path(__file__).resolve().parents[1] / "published"

@@ -1,0 +1,732 @@
+"""The report: which runs are of which row, its numbers, its verdicts; nothing that was not run."""
+
+import dataclasses
+import html.parser
+import json
+import os
+import pathlib
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dgl_jax.config import to_dict
+from dgl_jax.errors import UserError
+
+_ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(_ROOT / "experiments"))
+import evidence
+import report
+
+_ROWS = [(item, row) for item in evidence.ITEMS for row in item.rows]
+_DNI, _EARLY, _DEPTH, _HEADS, _COST, _DELAY, _BUFFER, _TABLE2, _GROUPING = evidence.CLAIMS
+
+
+def _write_run(folder, configuration, *, seed=0, metrics=(), fields=None, **summary):
+    """A finished run as training leaves it; `fields`: changed in the configuration, dotted."""
+    config = to_dict(dataclasses.replace(evidence.load(configuration), seed=seed))
+    for name, value in (fields or {}).items():
+        section, _, field = name.rpartition(".")
+        (config[section] if section else config)[field] = value
+    folder.mkdir(parents=True)
+    resolved = {"cuts": [], "num_steps": 1000, "steps_per_epoch": 20}
+    (folder / "config.json").write_text(json.dumps(config | {"resolved": resolved}))
+    epochs = config["train"]["num_epochs"] or config["train"]["num_steps"] / 20
+    summary = {
+        "finished": True,
+        "seed": seed,
+        "steps": round(20 * epochs),
+        "updates_per_block": round(20 * epochs),
+        "epochs": epochs,
+        "classifiers": list(range(len(summary.get("test_top1", [0.5])))),
+        "test_top1": [0.5],
+        "test_top5": [0.9] * len(summary.get("test_top1", [0.5])),
+        "ensemble_last_top1": 0.6,
+        "aux_flops_ratio": [0.03, 0.104, 0.0],
+        "device_kind": "cpu",
+    } | summary
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+
+
+def _rows(content, name):
+    (item,) = [item for item in content["items"] if item["name"] == name]
+    return {row["label"]: row for row in item["rows"]}
+
+
+def _claim(content, claim):
+    (found,) = [found for found in content["claims"] if found["sentence"] == claim.sentence]
+    return found
+
+
+def _report(tmp_path):
+    return report.make_report(str(tmp_path / "runs"), str(tmp_path / "out"))
+
+
+# ---- The evidence.
+
+
+def test_every_row_loads_and_no_two_are_the_same():
+    names = [item.name for item in evidence.ITEMS]
+    assert len(set(names)) == len(names) and {item.paper for item in evidence.ITEMS} == {
+        "DGL", "SEDONA"
+    }  # fmt: skip
+    for item in evidence.ITEMS:
+        measured = [
+            (report.learned(evidence.load(name)), row.quantity, row.unit, row.block, row.epoch)
+            for row in item.rows
+            for name in evidence.configurations(row)
+        ]
+        assert len(set(measured)) == len(measured), item.name
+        assert len({row.label for row in item.rows}) == len(item.rows)
+    for _, row in _ROWS:
+        for short in row.short:
+            full, reduced = (
+                {report.learned(evidence.load(name)) for name in evidence.configurations(row, word)}
+                for word in ("", short)
+            )
+            assert not full & reduced
+
+
+def test_published_figures_are_those_on_top_of_the_configurations():
+    for item, row in _ROWS:
+        file = row.config.partition(":")[0]
+        text = (_ROOT / "experiments" / "configs" / file).read_text().split('"""')[1]
+        numbers = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)}
+        assert row.published is None or row.published in numbers, (item.name, row)
+    spread = [(item.name, row.label, row.spread) for item, row in _ROWS if row.spread is not None]
+    assert spread == [("Table 2", "DGL", 0.1)]
+
+
+def test_the_settings_wanted():
+    rows = {(item.name, row.label): (item, row) for item, row in _ROWS}
+    item, row = rows["Figure 5", "S = 1.2"]
+    names = evidence.configurations(row)
+    assert item.seeds * len(names) == 18  # "thus 18 experiments per data point"
+    replays = [evidence.load(name).replay for name in names]
+    assert [(r.slow_block, r.slowdown, r.buffer_size) for r in replays] == [
+        (block, 1.2, 50) for block in range(6)
+    ]
+    found = {
+        label: evidence.load(row.config).partition.num_blocks
+        for (name, label), (_, row) in rows.items()
+        if name == "ResNet-101 by K" and "SEDONA" in label
+    }
+    assert list(found.values()) == [2, 4, 8, 16]
+    assert evidence.configurations(rows["Table 1", "CNN-aux"][1], "short") == (
+        "table1.py:cnn,short",
+    )
+
+
+# ---- Which runs are whose, and their numbers.
+
+
+def test_mean_deviation_seeds_and_difference(tmp_path):
+    for seed, top1 in enumerate((0.930, 0.934, 0.938)):
+        _write_run(tmp_path / "runs" / "deep" / f"seed_{seed}", "table2.py:dgl", seed=seed,
+                   test_top1=[0.8, top1], device_kind="NVIDIA H200")  # fmt: skip
+    _write_run(tmp_path / "runs" / "backprop", "table2.py:backprop", test_top1=[0.92])
+    content = _report(tmp_path)
+    rows = _rows(content, "Table 2")
+    dgl = rows["DGL"]["measured"]
+    assert dgl["mean"] == pytest.approx(93.4)
+    assert dgl["deviation"] == pytest.approx(np.std([93.0, 93.4, 93.8], ddof=1))
+    assert [run["seed"] for run in dgl["runs"]] == [0, 1, 2]
+    assert [run["folder"] for run in dgl["runs"]] == [f"deep/seed_{seed}" for seed in range(3)]
+    assert (dgl["epochs"], dgl["devices"]) == (300, ["NVIDIA H200"])
+    assert rows["DGL"]["difference"] == pytest.approx(-0.1)
+    # The published spread counts as the error of the published mean.
+    assert rows["DGL"]["error"] == pytest.approx(2 * np.sqrt(0.4**2 / 3 + 0.1**2))
+    assert rows["DGL"]["verdict"] == "agrees" and rows["DGL"]["colour"] == "green"
+    # One run: no deviation, and half a per cent is assumed of ours and of the published one.
+    backprop = rows["backprop"]
+    assert backprop["measured"]["deviation"] is None
+    assert backprop["difference"] == pytest.approx(-1.53)
+    assert backprop["error"] == pytest.approx(2 * np.sqrt(0.5))
+    assert backprop["verdict"] == "near, below" and backprop["colour"] == "amber"
+    assert rows["DDG"]["measured"] is None and rows["DDG"]["verdict"] == "not run"
+    text = (tmp_path / "out" / "report.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| DGL ") and "table2" in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["DGL", "table2.py:dgl", "93.5", "93.40 ± 0.40", "3 of 3", "300",
+                     "NVIDIA H200", "-0.10 ± 0.50", "agrees", "-"]  # fmt: skip
+    assert "3 of 137" not in text and "2 of 137 figures" in text
+
+
+@pytest.mark.parametrize(
+    "row, measured, verdict, colour",
+    [
+        (("CNN-aux", 92.2), 92.2 + 1.41, "agrees", "green"),
+        (("CNN-aux", 92.2), 92.2 + 1.42, "near, above", "amber"),
+        (("CNN-aux", 92.2), 92.2 - 2.41, "near, below", "amber"),
+        (("CNN-aux", 92.2), 92.2 - 2.42, "differs, below", "red"),
+        (("S = 1.0", None), 90.0, "no number published", "plain"),
+        (("S = 1.0", None), None, "not run", "grey"),
+    ],
+)
+def test_a_figure_beside_the_published_one(row, measured, verdict, colour):
+    row = evidence.Row(row[0], "table1.py:cnn", row[1])
+    runs = [{"configuration": row.config}]
+    found = measured and {"mean": measured, "deviation": None, "runs": runs}
+    judged = report.judge(row, found)
+    assert (judged["verdict"], judged["colour"]) == (verdict, colour)
+
+
+@pytest.mark.parametrize(
+    "configuration, fields",
+    [
+        ("table1.py:cnn", {"data.data_dir": "/elsewhere", "data.num_workers": 3, "trace": True}),
+        ("table1.py:cnn", {"placement.kind": "pipelined", "placement.num_devices": 2}),
+        ("table1.py:cnn", {"eval.every_epochs": 5.0, "eval.batch_size": 100, "profile": True}),
+        ("table1.py:cnn", {"eval.time_blocks": False, "eval.log_drift": True}),
+        ("table1.py:cnn", {"checkpoint.every_steps": 10, "train.log_every_steps": 40}),
+        ("table1.py:cnn", {"train.steps_per_call": 10, "train.remat_blocks": [0]}),
+        ("table1.py:cnn", {"train.log_gradient_norm": True, "network.scan_layers": True}),
+        ("table1.py:cnn", {"data.name": "arrays", "data.data_dir": "/d/cifar10.npz",
+                           "data.mean": [0.4914, 0.4822, 0.4465]}),
+        ("figure34.py:backprop", {"partition.strategy": "uniform", "partition.num_blocks": 4}),
+        ("figure34.py:backprop", {"method.name": "data_parallel", "placement.num_devices": 2}),
+        ("figure5.py:S=1.0", {"replay.slow_block": 3}),
+        ("sedona_cifar10.py:resnet50,sedona",
+         {"partition.from_search": "/there/published/sedona_resnet50.json"}),
+    ],
+)  # fmt: skip
+def test_what_changes_nothing_that_is_learned_is_ignored(tmp_path, configuration, fields):
+    _write_run(tmp_path / "runs" / "one", configuration, seed=7, fields=fields)
+    content = _report(tmp_path)
+    rows = [row for item in content["items"] for row in item["rows"] if row["measured"]]
+    assert {run["configuration"] for row in rows for run in row["measured"]["runs"]} == {
+        configuration
+    }
+    assert content["other_runs"] == {}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"optimizer.learning_rate": 0.05},
+        {"network.dtype": "bfloat16"},
+        {"network.width_factor": 0.5},
+        {"train.num_epochs": 60.0},
+        {"optimizer.drop_epochs": [20.0, 40.0]},
+        {"train.batch_size": 64},
+        {"data.std": []},  # The set's own, not those of DGL's code.
+        {"data.name": "cifar100"},
+        {"data.name": "arrays", "data.data_dir": "mine.npz", "data.mean": [0.5, 0.5, 0.5]},
+        {"data.augment": False},
+        {"loss.label_smoothing": 0.1},
+        {"eval.ensemble_last": 3},
+        {"method.name": "ddg"},
+    ],
+)
+def test_what_is_learned_otherwise_matches_no_row(tmp_path, fields):
+    _write_run(tmp_path / "runs" / "a" / "one", "table1.py:cnn", fields=fields)
+    content = _report(tmp_path)
+    assert content["other_runs"] == {"a/one": "matches no row"}
+    assert '"value"' not in json.dumps(content)
+    assert "a/one" in (tmp_path / "out" / "report.md").read_text().split("## Other runs")[1]
+
+
+def test_shorter_runs_and_short_words_are_never_mixed_with_full_ones(tmp_path):
+    runs, drops = tmp_path / "runs", {"optimizer.drop_epochs": [3.0, 6.0, 9.0]}
+    _write_run(runs / "full", "table1.py:cnn", test_top1=[0.9])
+    _write_run(runs / "ten", "table1.py:cnn", fields={"train.num_epochs": 10.0} | drops,
+               test_top1=[0.8], epochs=10.0)  # fmt: skip
+    _write_run(runs / "ten_1", "table1.py:cnn", seed=1, fields={"train.num_epochs": 10.0},
+               test_top1=[0.7], epochs=10.0)  # fmt: skip
+    _write_run(runs / "short", "table1.py:cnn,short", test_top1=[0.6])
+    # Full by its configuration; its summary says otherwise.
+    _write_run(runs / "ended", "table1.py:cnn", seed=2, test_top1=[0.5], epochs=49.0)
+    _write_run(runs / "mlp", "table1.py:mlp", fields={"train.num_epochs": 49.6}, epochs=49.6)
+    _write_run(runs / "whole_steps", "table1.py:mlp_sr", epochs=49.998, test_top1=[0.91])
+    _write_run(runs / "sedona", "sedona_cifar10.py:vgg19,SEDONA,short".lower(), test_top1=[0.2])
+    _write_run(runs / "steps", "sedona_cifar10.py:vgg19,sedona", test_top1=[0.3],
+               fields={"train.num_steps": 6400}, updates_per_block=6400)  # fmt: skip
+    content = _report(tmp_path)
+    rows = _rows(content, "Table 1")
+    cnn = rows["CNN-aux"]
+    assert [run["folder"] for run in cnn["measured"]["runs"]] == ["full"]
+    assert {setting: (found["mean"], len(found["runs"])) for setting, found in
+            cnn["reduced"].items()} == {"10 of 50 epochs": (75.0, 2), "49 of 50 epochs": (50.0, 1),
+                                        "short": (60.0, 1)}  # fmt: skip
+    assert cnn["difference"] == pytest.approx(90 - 92.2)
+    assert rows["MLP-aux"]["measured"] is None and rows["MLP-aux"]["verdict"] == "not run"
+    assert list(rows["MLP-aux"]["reduced"]) == ["49.6 of 50 epochs"]
+    assert rows["MLP-SR-aux"]["measured"]["mean"] == pytest.approx(91)
+    vgg = _rows(content, "CIFAR-10")["VGG-19, SEDONA"]
+    assert vgg["measured"] is None
+    assert {setting: found["mean"] for setting, found in vgg["reduced"].items()} == {
+        "short": 80.0,
+        "6400 of 64000 steps": 70.0,
+    }
+    assert content["other_runs"] == {}
+    assert _claim(content, _HEADS)["verdict"] == "not decided"  # MLP-aux is missing.
+    names = {path.name for path in (tmp_path / "out").glob("*.svg")}
+    assert {"table_1.svg", "table_1_reduced_short.svg"} <= names
+
+
+def test_errors_ensembles_and_the_costliest_head(tmp_path):
+    _write_run(tmp_path / "runs" / "a", "sedona_cifar10.py:resnet50,sedona",
+               test_top1=[0.5, 0.925], ensemble_last_top1=0.93)  # fmt: skip
+    _write_run(tmp_path / "runs" / "b", "table1.py:mlp_sr", aux_flops_ratio=[0.02, 0.104, 0.0])
+    _write_run(tmp_path / "runs" / "c", "table3.py:vgg13_K=4", test_top5=[0.1, 0.881],
+               test_top1=[0.1, 0.671])  # fmt: skip
+    content = _report(tmp_path)
+    assert _rows(content, "CIFAR-10")["ResNet-50, SEDONA"]["measured"]["mean"] == pytest.approx(7.5)
+    ensembles = _rows(content, "Ensembles")
+    assert ensembles["ResNet-50, SEDONA"]["measured"]["mean"] == pytest.approx(7.5)
+    assert ensembles["ResNet-50, SEDONA, two heads"]["measured"]["mean"] == pytest.approx(7.0)
+    flops = _rows(content, "Table 1")["MLP-SR-aux, FLOPs"]
+    assert flops["measured"]["mean"] == pytest.approx(10.4) and flops["verdict"] == "differs, above"
+    assert _claim(content, _COST)["verdict"] == "does not hold"
+    table3 = _rows(content, "Table 3")
+    assert table3["VGG-13, DGL, K = 4, top-1"]["measured"]["mean"] == pytest.approx(67.1)
+    assert table3["VGG-13, DGL, K = 4, top-5"]["difference"] == pytest.approx(0.1)
+
+
+def test_blocks_and_epochs_of_parallel_and_sequential_runs(tmp_path):
+    def lines(first_of_block, top1):
+        return [
+            {"step": step, **{f"test/block_{block}/top1": top1(step - first_of_block(block))
+                              for block in range(4)}}
+            for step in range(20, 4001 if first_of_block(1) else 1001, 20)
+        ]  # fmt: skip
+
+    accuracies = [0.78, 0.85, 0.88, 0.89]
+    _write_run(tmp_path / "runs" / "dgl", "figure34.py:dgl", test_top1=accuracies,
+               metrics=lines(lambda block: 0, lambda own: own / 2000))  # fmt: skip
+    # Block 3 has its first update in step 3001, and its epoch 15 ends with step 3300.
+    _write_run(
+        tmp_path / "runs" / "sequential",
+        "figure34.py:sequential",
+        steps=4000,
+        test_top1=accuracies,
+        metrics=lines(lambda block: 1000 * block, lambda own: np.clip(own, 0, 1000) / 1250),
+    )
+    content = _report(tmp_path)
+    rows = _rows(content, "Figures 3 and 4")
+    for block, top1 in enumerate(accuracies):
+        assert rows[f"DGL, block {block}"]["measured"]["mean"] == pytest.approx(100 * top1)
+    early = "block 3, after 15 epochs"
+    assert rows[f"DGL, {early}"]["measured"]["mean"] == pytest.approx(100 * 300 / 2000)
+    assert rows[f"sequential, {early}"]["measured"]["mean"] == pytest.approx(100 * 300 / 1250)
+    runs, _ = report.read_runs(tmp_path / "runs")
+    curve = report.learning_curve(runs[1], 2)
+    assert [epoch for epoch, _ in curve] == list(range(1, 51))
+    assert [top1 for _, top1 in curve] == pytest.approx([100 * 20 * e / 1250 for e in range(1, 51)])
+    # Not evaluated then, or no metrics: nothing is made up.
+    (tmp_path / "runs" / "dgl" / "metrics.jsonl").unlink()
+    rows = _rows(_report(tmp_path), "Figures 3 and 4")
+    assert rows[f"DGL, {early}"]["measured"] is None and rows["DGL, block 3"]["measured"]
+
+
+def test_a_seed_counts_once_and_unfinished_runs_do_not(tmp_path):
+    runs = tmp_path / "runs"
+    _write_run(runs / "a", "table1.py:cnn", test_top1=[0.90])
+    _write_run(runs / "b", "table1.py:cnn", test_top1=[0.80], fields={"placement.data_parallel": 2})
+    _write_run(runs / "c", "table1.py:cnn", seed=1, finished=False)
+    _write_run(runs / "d", "table1.py:cnn", seed=2)
+    (runs / "d" / "summary.json").unlink()
+    _write_run(runs / "e", "table1.py:cnn", seed=3)
+    (runs / "e" / "config.json").unlink()
+    _write_run(runs / "f", "table1.py:cnn", fields={"search": {"num_inner_steps": 2}})
+    content = _report(tmp_path)
+    found = _rows(content, "Table 1")["CNN-aux"]["measured"]
+    assert (found["mean"], found["deviation"], len(found["runs"])) == (90.0, None, 1)
+    assert content["other_runs"] == {
+        "b": "same configuration and seed as a", "c": "not finished", "d": "not finished",
+        "e": "no config.json", "f": "a search",
+    }  # fmt: skip
+
+
+# ---- Verdicts.
+
+# For each claim the figures of a case; those of the papers hold, where they give any.
+_PAPER = {
+    claim: {row.label: row.published for item, row in _ROWS if item.name == claim.item}
+    for claim in evidence.CLAIMS
+}
+_FIGURE5 = {"synchronous DGL": 91.0, "S = 1.0": 91.0, "S = 1.1": 90.9, "S = 1.2": 90.8,
+            "S = 2.0": 89.5}  # fmt: skip
+_FIGURE6 = {"M = 50": 91.0, "M = 5": 90.8, "M = 2": 90.5, "M = 1": 90.3}
+_GOOD = _PAPER | {_DELAY: _FIGURE5, _BUFFER: _FIGURE6}
+# What makes it false, and what leaves it open.
+_BAD = {
+    _DNI: ({"cDNI": 86.0}, {"cDNI": 85.05}),
+    _EARLY: ({"sequential, block 3, after 15 epochs": 75.0}, {"DGL, block 3": 88.2}),
+    _DEPTH: ({"DGL, block 2": 84.0}, {"DGL, block 2": 89.8}),
+    _HEADS: ({"MLP-SR-aux": 93.0}, {"MLP-SR-aux": 92.15}),
+    _COST: ({"MLP-SR-aux, FLOPs": 10.4}, {"MLP-SR-aux, FLOPs": 5.0}),
+    _DELAY: ({"S = 2.0": 88.5}, {"S = 1.2": 90.45}),
+    _BUFFER: ({"M = 1": 89.0}, {"M = 2": 90.05}),
+    _TABLE2: ({"DGL": 92.5}, {"DGL": 93.1}),
+    _GROUPING: ({"ResNet-101, SEDONA": 8.6}, {"VGG-19, SEDONA": 12.1}),
+}
+
+
+@pytest.mark.parametrize("claim", evidence.CLAIMS, ids=lambda claim: claim.sentence[:30])
+def test_every_claim_can_hold_fail_stay_open_and_not_be_run(claim):
+    def verdict(figures):
+        return evidence.decide(
+            claim,
+            {
+                label: evidence.Measured(mean, 0.0 if "FLOPs" in label else 0.1, 3)
+                for label, mean in figures.items()
+                if mean is not None
+            },
+        )
+
+    bad, open_case = _BAD[claim]
+    assert verdict(_GOOD[claim]) == "holds"
+    assert verdict(_GOOD[claim] | bad) == "does not hold"
+    assert verdict(_GOOD[claim] | open_case) == "not decided"
+    assert verdict({}) == "not run"
+    labels = [x for comparison in claim.comparisons for x in comparison[:2] if isinstance(x, str)]
+    for label in labels:  # Without any one of its rows it does not hold.
+        missing = {name: value for name, value in _GOOD[claim].items() if name != label}
+        assert verdict(missing) in ("not run", "not decided")
+
+
+def test_the_rule_is_twice_the_standard_error():
+    def verdict(a, b, by=0.0, **fields):
+        measured = {"a": evidence.Measured(*a, **fields), "b": evidence.Measured(*b)}
+        return evidence.compare(evidence.Comparison("a", "b", by), measured)
+
+    error = 2 * np.sqrt(0.3**2 / 3 + 0.4**2 / 2)
+    for difference, by, expected in (
+        (error + 0.01, 0.0, "holds"), (error - 0.01, 0.0, "not decided"),
+        (-error + 0.01, 0.0, "not decided"), (-error - 0.01, 0.0, "does not hold"),
+        (error - 1.01, -1.0, "not decided"), (error - 0.99, -1.0, "holds"),
+    ):  # fmt: skip
+        found = verdict((90 + difference, 0.3, 3), (90.0, 0.4, 2), by)
+        assert found == (expected, pytest.approx(difference), pytest.approx(error))
+    # Rows without all their blocks decide nothing.
+    assert verdict((99.0, 0.1, 3), (90.0, 0.1, 3), is_whole=False)[0] == "not decided"
+
+
+@pytest.mark.parametrize(
+    "dgl, verdicts",
+    [  # Half a per cent is assumed at the end, two before: 1.41 and 5.66 either way.
+        ((0.887, 0.70), ["not decided", "holds"]),
+        ((0.8955, 0.80), ["holds", "not decided"]),
+        ((0.866, 0.91), ["does not hold", "does not hold"]),
+    ],
+)
+def test_of_a_single_run_the_spread_is_assumed(tmp_path, dgl, verdicts):
+    for method, (last, early), first in (("dgl", dgl, 0), ("sequential", (0.891, 0.85), 3000)):
+        metrics = [{"step": first + 300, "test/block_3/top1": early}]
+        _write_run(tmp_path / "runs" / method, f"figure34.py:{method}", metrics=metrics,
+                   test_top1=[0.5, 0.5, 0.5, last])  # fmt: skip
+    claim = _claim(_report(tmp_path), _EARLY)
+    assert [one["verdict"] for one in claim["comparisons"]] == verdicts
+    errors = [one["error"] for one in claim["comparisons"]]
+    assert errors == pytest.approx([2 * np.sqrt(0.5), 2 * np.sqrt(8)])
+
+
+def test_a_delayed_block_counts_with_the_other_five(tmp_path):
+    for seed in range(2):
+        _write_run(tmp_path / "runs" / f"dgl_{seed}", "figure5.py:dgl", seed=seed,
+                   test_top1=[0.910 + 0.001 * seed])  # fmt: skip
+        for s in ("1.0", "1.1", "1.2", "2.0"):
+            for block in range(1 if s == "1.0" else 6):
+                folder = tmp_path / "runs" / f"S{s}_{block}_{seed}"
+                _write_run(folder, f"figure5.py:S={s},block={block}", seed=seed,
+                           test_top1=[0.905 + 0.001 * block + 0.001 * seed])  # fmt: skip
+    content = _report(tmp_path)
+    row = _rows(content, "Figure 5")["S = 1.2"]
+    values = [90.5 + 0.1 * block + 0.1 * seed for block in range(6) for seed in range(2)]
+    assert row["measured"]["mean"] == pytest.approx(statistics.fmean(values))
+    assert row["measured"]["deviation"] == pytest.approx(statistics.stdev(values), abs=1e-5)
+    assert len(row["measured"]["runs"]) == 12 and row["wanted_runs"] == 18
+    # At M = 50 it is a point of Figure 6 too.
+    assert _rows(content, "Figure 6")["M = 50"]["measured"]["mean"] == row["measured"]["mean"]
+    claim = _claim(content, _DELAY)
+    # S = 1.0 is 0.5 % behind: not decided.
+    assert [one["verdict"] for one in claim["comparisons"]] == ["not decided"] + ["holds"] * 3
+    assert (tmp_path / "out" / "figure_5.svg").exists()
+    for seed in range(2):
+        shutil.rmtree(tmp_path / "runs" / f"S2.0_4_{seed}")
+    claim = _claim(_report(tmp_path), _DELAY)
+    assert claim["comparisons"][3]["verdict"] == "not decided"
+    assert claim["comparisons"][3]["difference"] is not None
+
+
+# ---- Nothing that no run backs.
+
+
+def _measured_in(content):
+    """(label's row, point) of every measured figure in report.json, wherever it is."""
+    for item in content["items"]:
+        for row in item["rows"]:
+            rows = {(i.name, r.label): r for i, r in _ROWS}
+            for found in (row["measured"], *row["reduced"].values()):
+                if found is not None:
+                    yield rows[item["name"], row["label"]], found
+
+
+def _check_against_files(content, runs):
+    """Every measured figure once more, from the files of the runs that it names."""
+    count = 0
+    for row, found in _measured_in(content):
+        values = []
+        for run in found["runs"]:
+            summary = json.loads((runs / run["folder"] / "summary.json").read_text())
+            if row.epoch is not None:
+                # Steps of 20 an epoch, as `_write_run` says.
+                lines = (runs / run["folder"] / "metrics.jsonl").read_text().splitlines()
+                (line,) = [x for x in map(json.loads, lines) if x["step"] == 20 * row.epoch]
+                value = 100 * line[f"test/block_{range(4)[row.block]}/top1"]
+            elif row.quantity == "aux_flops_ratio":
+                value = 100 * max(summary["aux_flops_ratio"])
+            else:
+                value = summary[row.quantity]
+                value = 100 * (value if isinstance(value, float) else value[row.block])
+                value = 100 - value if "error" in row.unit else value
+            assert run["value"] == pytest.approx(value)
+            values.append(value)
+        assert found["mean"] == pytest.approx(np.mean(values))
+        if len(values) > 1:
+            assert found["deviation"] == pytest.approx(np.std(values, ddof=1), abs=1e-5)
+        else:
+            assert found["deviation"] is None
+        count += 1
+    return count
+
+
+def _check_comparisons(content):
+    for claim in content["claims"]:
+        rows = _rows(content, claim["item"])
+        for one in claim["comparisons"]:
+            means = [
+                x if isinstance(x, float) else (rows[x]["measured"] or {}).get("mean")
+                for x in (one["a"], one["b"])
+            ]
+            if None in means:
+                assert (one["difference"], one["error"], one["verdict"]) == (None, None, "not run")
+            else:
+                assert one["difference"] == pytest.approx(means[0] - means[1])
+
+
+def _check_markdown(content, text):
+    """Every figure in the tables is one of report.json's; every row is there."""
+    for item in content["items"]:
+        section = text.split(f"\n## {item['paper']}, {item['name']}: ")[1].split("\n## ")[0]
+        lines = [line for line in section.splitlines() if line.startswith("| ")]
+        header, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+        assert len(cells) == len(item["rows"])
+        for row, line in zip(item["rows"], cells, strict=True):
+            line = dict(zip(header, line, strict=True))
+            found = row["measured"]
+            assert line[f"test {item['rows'][0]['unit']}"] == row["label"]
+            if found is None:
+                assert line["measured"] == line["verdict"] == "not run"
+                assert line["difference"] == line["epochs"] == line["device"] == "-"
+                assert line["runs"] == f"0 of {row['wanted_runs']}"
+            else:
+                assert float(line["measured"].split(" ± ")[0]) == pytest.approx(
+                    found["mean"], abs=0.006
+                )
+            numbers = re.findall(r": (-?\d+\.\d\d)", line["reduced settings"])
+            assert numbers == [f"{found['mean']:.2f}" for found in row["reduced"].values()]
+
+
+def test_every_figure_comes_from_a_run(tmp_path):
+    rng, runs = np.random.default_rng(0), tmp_path / "runs"
+    names = ["figure2.py:dni", "figure34.py:dgl", "table1.py:mlp_sr", "figure5.py:S=1.3,block=2",
+             "figure6.py:M=2,block=1,short", "table2.py:ddg", "sedona_imagenet.py:resnet152,sedona",
+             "sedona_tiny_imagenet.py:vgg19,dgl", "sedona_cifar10.py:resnet101,sedona,K=16",
+             "figure34.py:dgl,epochs=8", "sedona_cifar10.py:vgg19,dgl"]  # fmt: skip
+    for number, name in enumerate(names):
+        for seed in range(1 + number % 3):
+            top1 = rng.uniform(0.5, 1, 4).tolist()
+            metrics = [
+                {"step": 20 * epoch}
+                | {f"test/block_{block}/top1": rng.uniform() for block in range(4)}
+                for epoch in (15, 50, 200)
+            ]
+            _write_run(runs / f"{number}" / f"seed_{seed}", name, seed=seed, test_top1=top1,
+                       metrics=metrics, aux_flops_ratio=rng.uniform(0, 2, 4).tolist())  # fmt: skip
+    content = _report(tmp_path)
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(
+        json.dumps(content)
+    )
+    assert _check_against_files(content, runs) == 22
+    _check_comparisons(content)
+    _check_markdown(content, (tmp_path / "out" / "report.md").read_text())
+    assert content["other_runs"] == {}
+
+
+def test_with_no_runs_nothing_is_measured(tmp_path):
+    (tmp_path / "runs").mkdir()
+    content = _report(tmp_path)
+    assert all(row["verdict"] == "not run" and row["measured"] is None and not row["reduced"]
+               for item in content["items"] for row in item["rows"])  # fmt: skip
+    assert {claim["verdict"] for claim in content["claims"]} == {"not run"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    _check_markdown(content, text)
+    assert "0 of 137 figures were measured" in text and text.endswith("## Other runs\n\nNone.\n")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "report.html", "report.json", "report.md"
+    ]  # fmt: skip
+    assert "<img" not in (tmp_path / "out" / "report.html").read_text()
+
+
+# ---- The files.
+
+
+class _Page(html.parser.HTMLParser):
+    """Tags are closed in order; what is referred to, and whether tables are in a box."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.stack, self.sources, self.tables, self.rows = [], [], 0, []
+        self.feed(text)
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.sources += [attrs[name] for name in ("src", "href") if name in attrs]
+        if tag == "table":
+            self.tables += 1
+            assert self.stack[-1] == ("div", "box")
+        if tag == "tr":
+            self.rows.append((attrs["class"], []))
+        if tag not in ("meta", "img"):
+            self.stack.append((tag, attrs.get("class")))
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self.stack and self.stack[-1][0] in ("td", "th"):
+            self.rows[-1][1].append(data)
+
+
+def test_the_page_needs_no_other_file_and_says_verdicts_in_words(tmp_path):
+    runs = tmp_path / "runs"
+    for seed in range(3):
+        for method, top1 in (("dgl", 0.935), ("ddg", 0.90), ("backprop", 0.9353)):
+            _write_run(runs / "<b>" / f"{method}_{seed}", f"table2.py:{method}", seed=seed,
+                       test_top1=[top1 + 0.0001 * seed], device_kind="A & B")  # fmt: skip
+        _write_run(runs / f"cnn_{seed}", "table1.py:cnn", seed=seed, test_top1=[0.92])
+    _write_run(runs / "<i>other", "table1.py:cnn", fields={"train.batch_size": 64})
+    content = _report(tmp_path)
+    text = (tmp_path / "out" / "report.html").read_text()
+    page = _Page(text)
+    assert page.tables == 2 + len(content["items"])
+    assert page.rows[-1] == ("grey", ["<i>other", "matches no row"])
+    assert page.sources and all(source.startswith("data:image/svg+xml;") for source in page.sources)
+    assert "http" not in re.sub(r'src="data:[^"]*"', "", text) and "@import" not in text
+    assert '<meta name="viewport" content="width=device-width' in text
+    assert ".box { overflow-x: auto }" in text and "overflow-wrap: anywhere" in text
+    words = {colour: set() for colour in ("green", "amber", "red", "grey", "head")}
+    for colour, cells in page.rows:
+        words[colour].add(cells[8] if len(cells) == 10 else cells[len(cells) == 2])
+    assert words["green"] == {"agrees", "holds"}
+    assert words["red"] == {"differs, below"}
+    assert words["grey"] == {"not run", "matches no row"}
+    assert any(cells[6] == "A & B" for _, cells in page.rows if len(cells) == 10)
+    assert _claim(content, _TABLE2)["verdict"] == "holds"
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path):
+    lines = [{"step": 20, "test/block_3/top1": 0.5}]
+    _write_run(tmp_path / "runs" / "a", "figure34.py:dgl", test_top1=[0.5] * 4, metrics=lines)
+    found = []
+    for name in ("one", "two"):
+        report.make_report(str(tmp_path / "runs"), str(tmp_path / name))
+        found.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert found[0] == found[1] and "figures_3_and_4.svg" in found[0]
+    for content in found[0].values():
+        assert str(tmp_path).encode() not in content
+
+
+_COMMITTED = _ROOT / "experiments" / "results"
+
+
+def test_the_committed_report_is_that_of_the_committed_runs(tmp_path):
+    """python experiments/report.py --runs=experiments/results/runs \\
+    --out=experiments/results/report"""
+    content = report.make_report(str(_COMMITTED / "runs"), str(tmp_path))
+    assert _check_against_files(content, _COMMITTED / "runs")
+    for name in ("report.json", "report.md", "report.html"):
+        found, expected = (
+            re.sub(r'src="data:[^"]*"', "", (folder / name).read_text())  # Fonts differ.
+            for folder in (tmp_path, _COMMITTED / "report")
+        )
+        assert found == expected, name
+    pictures = [
+        {p.name for p in folder.glob("*.svg")} for folder in (tmp_path, _COMMITTED / "report")
+    ]
+    assert pictures[0] == pictures[1]
+
+
+# ---- Mistakes.
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        ("summary.json", "{", r"one/summary.json: cannot be parsed .*; run it again, or take"),
+        ("summary.json", "[1]", "one/summary.json: must be one JSON object; run it again"),
+        ("summary.json", {"test_top1": None}, "test_top1=None must be numbers from 0 to 1; run"),
+        ("summary.json", {"test_top1": []}, r"test_top1=\[\] must be numbers from 0 to 1; run it"),
+        ("summary.json", {"test_top1": [92.2]}, r"test_top1=\[92.2\] must be numbers from 0 to 1"),
+        ("summary.json", {"test_top1": [float("nan")]}, r"test_top1=\[nan\] must be numbers"),
+        (
+            "summary.json",
+            {"ensemble_last_top1": "0.9"},
+            "ensemble_last_top1='0.9' must be a number",
+        ),
+        ("summary.json", {"epochs": 0}, "epochs=0 must be a number above 0; run it again"),
+        ("config.json", "nothing", "one/config.json: cannot be parsed"),
+        (
+            "config.json",
+            {"optimiser": {}},
+            "one/config.json: config.optimiser is not a known field",
+        ),
+    ],
+)
+def test_a_broken_run_is_one_line(tmp_path, file, text, message):
+    _write_run(tmp_path / "runs" / "one", "table1.py:cnn")
+    path = tmp_path / "runs" / "one" / file
+    if isinstance(text, dict):
+        text = json.dumps(json.loads(path.read_text()) | text)
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        _report(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def _command(*arguments):
+    return subprocess.run(
+        [sys.executable, "experiments/report.py", *arguments], check=False, capture_output=True,
+        text=True, cwd=_ROOT, env=os.environ | {"PYTHONPATH": str(_ROOT)},
+    )  # fmt: skip
+
+
+def test_the_command(tmp_path):
+    (tmp_path / "runs").mkdir()
+    result = _command(f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0] == "not run: DGL beats DNI and cDNI."
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--runs=nowhere", "--out=here"], "--runs=nowhere must be a folder of runs; try"),
+        (["--out=here"], "--runs is missing; give a folder"),
+        (["--runs=tests", "--out=README.md/here"], "--out=README.md/here can't be made"),
+        (["--runs=tests", "there"], "argument 'there' is not a flag; try --there"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message):
+    result = _command(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
