@@ -21,6 +21,7 @@ from dgl_jax.data import load_dataset
 from dgl_jax.evaluation import make_evaluate
 from dgl_jax.losses import cross_entropy, make_loss_fn
 from dgl_jax.methods import METHODS
+from dgl_jax.models.layers import adaptive_avg_pool
 from dgl_jax.models.network import Network
 from dgl_jax.optim import make_optimizer
 from dgl_jax.partition import per_layer_cuts
@@ -45,7 +46,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 # and augmented, and labels int32 [B].
 
 # %%
-data = load_dataset(name="embedded", batch_size=100, eval_batch_size=500, seed=0)
+data = load_dataset(name="embedded", batch_size=100, eval_batch_size=500, seed=0, crop_padding=0)
 print(data.image_shape, data.num_classes, data.num_train, data.num_test)
 
 
@@ -96,9 +97,8 @@ class ProbedEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        batch_size, height, width, _ = x.shape
-        x = nn.avg_pool(x, (height // 2, width // 2), (height // 2, width // 2))
-        x = x.reshape(batch_size, -1)
+        x = adaptive_avg_pool(x, (2, 2))
+        x = x.reshape(x.shape[0], -1)
         return {
             "embedding": nn.Dense(32)(nn.relu(nn.Dense(128)(x))),
             "logits": nn.Dense(self.num_classes, name="probe")(jax.lax.stop_gradient(x)),
@@ -138,7 +138,7 @@ num_blocks = len(cuts) + 1
 losses = (contrastive_loss,) * len(cuts) + (make_loss_fn(LossConfig()),)
 blocks = method.make_blocks(network, cuts, ProbedEmbedding(data.num_classes), losses)
 
-optimizer_config = OptimizerConfig(learning_rate=0.05, weight_decay=1e-4, schedule="cosine")
+optimizer_config = OptimizerConfig(learning_rate=0.1, weight_decay=1e-4, schedule="cosine")
 optimizer = make_optimizer(optimizer_config, STEPS, data.steps_per_epoch)
 
 # %% [markdown]
@@ -150,7 +150,7 @@ optimizer = make_optimizer(optimizer_config, STEPS, data.steps_per_epoch)
 
 # %%
 def train(placement, num_steps, eval_every):
-    """Returns the state after num_steps, and [(step, accuracy of each block), ...]."""
+    """Returns [(step, accuracy of each block), ...]."""
     config = Config(placement=placement)
     key = jax.random.key(0)
     where = make_placements(placement, num_blocks)
@@ -161,9 +161,9 @@ def train(placement, num_steps, eval_every):
     curve = []
     for step, tasks in enumerate(schedule.tasks(0), start=1):
         state, _ = runner.step(state, tasks, data.batch_at)
-        if step % eval_every == 0 or step == num_steps:
+        if step % eval_every == 0:
             curve.append((step, evaluate(state.blocks, data.eval_batches("test"))["top1"]))
-    return state, curve
+    return curve
 
 
 # %% [markdown]
@@ -171,7 +171,8 @@ def train(placement, num_steps, eval_every):
 # forward pass.
 
 # %%
-_, curve = train(PlacementConfig(kind="fused"), STEPS, eval_every=max(1, STEPS // 10))
+eval_every = max(1, STEPS // 10)
+curve = train(PlacementConfig(kind="fused"), STEPS, eval_every)
 for block, accuracy in enumerate(curve[-1][1]):
     print(f"block {block}: {accuracy:.1%} after {STEPS} steps")
 
@@ -195,26 +196,18 @@ print(f"saved {PICTURE}")
 # %% [markdown]
 # ## Two devices
 # **Pipelined**: one program a block. Blocks 0 and 1 live on the first device, 2 and 3 on the
-# second; activations move, no gradient comes back, so the first device is a step ahead of the
-# second. Nothing else changes, and neither do the numbers, but for rounding.
+# second; activations move, no gradient comes back, so the first device works ahead of the second.
+# Nothing else changes, and neither do the numbers, but for rounding: the first point of the curve
+# again.
 
 # %%
-short = max(1, STEPS // 10)
 pipelined = PlacementConfig(kind="pipelined", num_devices=2)
 for block, where in enumerate(make_placements(pipelined, num_blocks)):
-    print(f"block {block} on {where.devices}")
-fused_state, _ = train(PlacementConfig(kind="fused"), short, eval_every=short)
-pipelined_state, _ = train(pipelined, short, eval_every=short)
-
-
-def params_of(state):
-    return np.concatenate(
-        [np.ravel(x) for block in state.blocks for x in jax.tree.leaves(block.params)]
-    )
-
-
-difference = np.max(np.abs(params_of(fused_state) - params_of(pipelined_state)))
-print(f"largest difference of a parameter after {short} steps: {difference:.1e}")
+    print(f"block {block} lives on {where.devices}")
+((_, accuracies),) = train(pipelined, eval_every, eval_every)
+for name, row in (("fused", curve[0][1]), ("pipelined", accuracies)):
+    print(f"{name:9} after {eval_every} steps:", *(f"{accuracy:.1%}" for accuracy in row))
+np.testing.assert_allclose(accuracies, curve[0][1], atol=0.01)
 
 # %% [markdown]
 # ## Further

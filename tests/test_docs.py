@@ -187,5 +187,5 @@ def test_the_tutorial(tmp_path):
     assert picture.read_bytes()[:4] == b"\x89PNG"
     accuracies = [float(percent) for percent in re.findall(r": ([\d.]+)% after 20", result.stdout)]
     assert len(accuracies) == 4 and max(accuracies) > 20  # Chance is 10.
-    (difference,) = re.findall(r"after 2 steps: (\S+)", result.stdout)
-    assert float(difference) < 1e-4
+    # The script itself compares them.
+    assert "fused     after 2 steps" in result.stdout and "pipelined after 2" in result.stdout
