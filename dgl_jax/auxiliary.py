@@ -387,6 +387,16 @@ def make_auxiliary(name: str, num_classes: int, *, dtype=None, **options: int) -
 
     Raises:
       UserError: for an unknown name, or an option that the head does not have.
+
+    Example:
+      Activations of three channels, pooled to 2x2: three hidden layers of 12 with BatchNorm have
+      3 x (12 x 12 + 12 + 2 x 12) parameters, the logits 12 x 10 + 10.
+
+      >>> head = make_auxiliary("mlp", num_classes=10)
+      >>> x = jnp.zeros((1, 8, 8, 3))
+      >>> variables = jax.eval_shape(lambda: head.init(jax.random.key(0), x, train=False))
+      >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+      670
     """
     return make_heads((name,), num_classes, dtype=dtype, **options)[0]
 

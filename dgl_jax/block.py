@@ -65,6 +65,13 @@ def init_block_state(
 
     Returns:
       The state before the first step.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> block = Block(0, 0, layers=(nn.Dense(3),), head=nn.Dense(2), loss_fn=None)
+      >>> state = init_block_state(block, optax.sgd(0.1), jax.random.key(0), jnp.zeros((1, 4)))
+      >>> state.params["layers"][0]["kernel"].shape, state.params["head"]["kernel"].shape
+      ((4, 3), (3, 2))
     """
     layer_params, layer_stats = [], []
     for place, layer in enumerate(block.layers, start=block.first_layer):
@@ -179,6 +186,24 @@ def make_block_step(
     Returns:
       ``step``, whose arguments are the block's state, its input [B, ...], the labels int32
       [B], and `block_key` of the block.
+
+    Example:
+      The head starts at zero, so the first loss is the logarithm of 2 and the gradient at the
+      logits (0.5 - 1, 0.5) for label 0; with a rate of 1 the bias moves by as much.
+
+      >>> import flax.linen as nn
+      >>> from dgl_jax.config import LossConfig
+      >>> from dgl_jax.losses import make_loss_fn
+      >>> head = nn.Dense(2, kernel_init=nn.initializers.zeros)
+      >>> block = Block(0, 0, (nn.Dense(3),), head, make_loss_fn(LossConfig()))
+      >>> optimizer, key, x = optax.sgd(1.0), jax.random.key(0), jnp.ones((2, 4))
+      >>> state = init_block_state(block, optimizer, key, x)
+      >>> step = jax.jit(make_block_step(block, optimizer))
+      >>> output = step(state, x, jnp.array([0, 0]), block_key(key, block))
+      >>> round(float(output.metrics["loss"]), 4), output.state.params["head"]["bias"].tolist()
+      (0.6931, [0.5, -0.5])
+      >>> output.activations.shape, int(output.state.step)
+      ((2, 3), 1)
 
     Source: DGL, Algorithm 1.
     Deviation: none.

@@ -471,6 +471,14 @@ def from_dict(mapping: Mapping[str, Any], config_class: type = Config) -> Any:
 
     Raises:
       UserError: an unknown name, a wrong type, or a value out of range.
+
+    Example:
+      >>> config = from_dict({"method": {"name": "ddg"}, "partition": {"strategy": "per_layer"}})
+      >>> config.method.weights, config.train.batch_size
+      ('stale', 128)
+      >>> from_dict({"sead": 1})
+      Traceback (most recent call last):
+      dgl_jax.errors.UserError: config.sead is not a known field; did you mean config.seed?
     """
     config = _build(config_class, dict(mapping), prefix="", root=config_class)
     if config_class is Config:

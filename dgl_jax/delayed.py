@@ -77,6 +77,11 @@ def delayed(num_blocks: int, num_updates: int) -> Schedule:
       num_blocks: K.
       num_updates: the updates of the last block.
 
+    Example:
+      >>> step = next(delayed(num_blocks=3, num_updates=10).tasks(5))
+      >>> [(task.block, task.operation, task.batch) for task in step if task.operation != FORWARD]
+      [(0, 'backward', 3), (1, 'backward', 4), (2, 'update', 5)]
+
     Source: DDG, Algorithm 1; Features Replay, Algorithm 1.
     Deviation: in its first D_k steps a block makes no update, where the papers make one with a
       gradient of zero; the two differ in L2 terms, and in when a block's learning rate falls.

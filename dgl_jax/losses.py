@@ -122,6 +122,11 @@ def make_loss_fn(config: LossConfig, num_classes: int | None = None) -> LossFn:
     Raises:
       UserError: if ``num_classes`` is needed and not given.
 
+    Example:
+      >>> loss_fn = make_loss_fn(LossConfig(name="cross_entropy"))
+      >>> round(float(loss_fn(jnp.zeros((8, 10)), jnp.arange(8))), 4)  # The logarithm of 10.
+      2.3026
+
     Source: PredSim: pred, sim and predsim, beta = 0.99.
     Deviation: none.
     """

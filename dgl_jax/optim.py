@@ -21,6 +21,12 @@ def make_schedule(config: OptimizerConfig, num_steps: int, steps_per_epoch: int)
 
     Returns:
       A function from a step (int32 scalar) to a learning rate (float scalar).
+
+    Example:
+      >>> config = OptimizerConfig(learning_rate=0.5, drop_epochs=(1.0, 2.0), drop_factor=0.5)
+      >>> learning_rate = make_schedule(config, num_steps=300, steps_per_epoch=100)
+      >>> [float(learning_rate(step)) for step in (0, 99, 100, 200)]
+      [0.5, 0.5, 0.25, 0.125]
     """
     if config.schedule == "constant":
         return optax.constant_schedule(config.learning_rate)
@@ -50,6 +56,14 @@ def make_optimizer(
       config: the optimizer and its schedule.
       num_steps: the updates of the whole run.
       steps_per_epoch: the updates of one epoch.
+
+    Example:
+      >>> config = OptimizerConfig(learning_rate=0.5, weight_decay=0.25, schedule="constant")
+      >>> optimizer = make_optimizer(config, num_steps=300, steps_per_epoch=100)
+      >>> params = jnp.array([4.0])
+      >>> updates, _ = optimizer.update(jnp.array([1.0]), optimizer.init(params), params)
+      >>> print(updates)  # -0.5 x (1 + 0.25 x 4)
+      [-1.]
 
     Source: DGL's and SEDONA's settings (SGD with momentum as PyTorch defines it: the
       learning rate multiplies the momentum buffer, the L2 term enters before it).

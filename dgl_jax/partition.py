@@ -35,6 +35,10 @@ def explicit_cuts(num_layers: int, cuts: Sequence[int]) -> tuple[int, ...]:
 def uniform_cuts(num_layers: int, num_blocks: int) -> tuple[int, ...]:
     """Cuts into K blocks whose numbers of layers differ by one at most.
 
+    Example:
+      >>> uniform_cuts(num_layers=7, num_blocks=3)  # Blocks of 2, 2 and 3 layers.
+      (1, 3)
+
     Source: SEDONA's baselines cut after ``linspace(-1, L - 1, K + 1)[1:-1]`` rounded down.
     Deviation: the official DGL code makes blocks of equal size and a shorter last one.
 
@@ -68,6 +72,10 @@ def balanced_cuts(
 
     Raises:
       UserError: if K is not within 1..L.
+
+    Example:
+      >>> balanced_cuts((4, 1, 1, 2), head_costs=(1, 1, 1, 0), num_blocks=2)  # 4 + 1 and 4 + 0.
+      (0,)
     """
     num_layers = len(layer_costs)
     check_num_blocks(num_layers, num_blocks)
@@ -121,6 +129,10 @@ def deal_devices(
 
     Raises:
       UserError: if there are fewer devices than the blocks need.
+
+    Example:
+      >>> deal_devices((2.0, 4.0, 1.0), num_devices=4, allowed=(1, 2))  # 2, 4 / 2 and 1.
+      (1, 2, 1)
     """
     allowed = _affordable(allowed, len(block_costs), num_devices)
 
@@ -247,7 +259,12 @@ def slowest_block_cost(
 
 
 def block_ranges(num_layers: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
-    """The (first, last + 1) layers of each block."""
+    """The (first, last + 1) layers of each block.
+
+    Example:
+      >>> block_ranges(num_layers=6, cuts=(1, 3))
+      [(0, 2), (2, 4), (4, 6)]
+    """
     bounds = [0, *(cut + 1 for cut in cuts), num_layers]
     return list(itertools.pairwise(bounds))
 

@@ -152,6 +152,10 @@ def slowed_pmf(num_blocks: int, slow_block: int = 0, slowdown: float = 1.0) -> t
     Returns:
       K probabilities.
 
+    Example:
+      >>> slowed_pmf(num_blocks=3, slow_block=0, slowdown=2.0)
+      (0.2, 0.4, 0.4)
+
     Source: DGL, section 4.3: "decreasing its selection probability by a factor S"; the official
       code lowers a weight of 1 by `noise` and normalises, S = 1 / (1 - noise).
     Deviation: none.
@@ -187,6 +191,11 @@ def select_slot(use_counts: Sequence[int], num_writes: int, policy: str) -> int:
     Returns:
       A slot.
 
+    Example:
+      >>> counts = (1, 2, 1)  # The newest batch is in slot 2; that in slot 1 has been read once.
+      >>> select_slot(counts, 3, "lifo_least_reused"), select_slot(counts, 3, "fifo")
+      (2, 0)
+
     Source: DGL, section 3 ("a last-in-first-out rule, with precedence for the least reused").
     Deviation: `official` has the slip of the official code, `eligible > pointer` for `>=`:
       5 slots with the batches 2 to 6 are read 2, 6, 5, 4, 3. `fifo` is ours, for comparison.
@@ -212,6 +221,12 @@ def plan(config: PlanConfig, first_event: int = 0) -> Iterator[Event]:
 
     Returns:
       An iterator of events. A longer num_epochs continues the same plan, but for the updates.
+
+    Example:
+      >>> config = PlanConfig(num_blocks=2, steps_per_epoch=2, num_epochs=1, pmf=None,
+      ...                     buffer_size=1, warm_up="none")  # Synchronous DGL.
+      >>> [(event.block, event.batch, event.age) for event in plan(config)]
+      [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
 
     Source: DGL, Algorithm 2.
     Deviation: as the options of `PlanConfig` say.

@@ -139,7 +139,17 @@ def read(buffer: Buffer, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def write(buffer: Buffer, slot: jax.Array, activations: jax.Array, labels: jax.Array) -> Buffer:
-    """The buffer with a mini-batch in that slot; in place where it is donated."""
+    """The buffer with a mini-batch in that slot; in place where it is donated.
+
+    Example:
+      >>> config = ReplayConfig(buffer_size=3, buffer_dtype="int8")
+      >>> shapes = buffer_shapes(jax.ShapeDtypeStruct((2, 1), jnp.float32), config)
+      >>> buffer = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+      >>> buffer = write(buffer, 1, jnp.array([[1.27], [0.503]]), jnp.array([4, 7]))
+      >>> activations, labels = read(buffer, 1)
+      >>> print(activations.ravel().round(4), labels)  # In steps of 1.27 / 127.
+      [1.27 0.5 ] [4 7]
+    """
     held = encode(activations, buffer["x"].dtype.name) | {"labels": labels}
     return {
         name: _from_bits(

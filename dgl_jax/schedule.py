@@ -83,6 +83,11 @@ def synchronous(num_blocks: int, num_updates: int) -> Schedule:
     A block needs only the activations of the one below, never anything from above, so blocks
     on separate devices work on different steps at once.
 
+    Example:
+      >>> step = next(synchronous(num_blocks=2, num_updates=10).tasks(first_step=4))
+      >>> [(task.block, task.operation, task.batch) for task in step]
+      [(0, 'update', 4), (1, 'update', 4)]
+
     Source: DGL, Algorithm 1; Algorithm 3 is the same schedule seen from the workers.
     """
 
@@ -103,6 +108,11 @@ def block_order(kind: str, block: int, num_blocks: int, num_microbatches: int) -
       block: k, 0-based.
       num_blocks: K. The last block needs no gradient from above: it goes back at once.
       num_microbatches: M.
+
+    Example:
+      >>> order = block_order("1f1b", block=0, num_blocks=2, num_microbatches=3)
+      >>> " ".join(f"{operation}_{microbatch}" for operation, microbatch in order)
+      'forward_0 forward_1 backward_0 forward_2 backward_1 backward_2 apply_0'
 
     Source: GPipe (Huang et al. 2019), Figure 2; PipeDream-flush (Narayanan et al., 2021,
       "Memory-efficient pipeline-parallel DNN training"), Figure 2.

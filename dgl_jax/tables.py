@@ -324,7 +324,15 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns as wide as what is in them."""
+    """A Markdown table, its columns as wide as what is in them.
+
+    Example:
+      >>> print(markdown(["block", "top-1"], [["0", "81.00 %"], ["1", "87.35 %"]]))
+      | block | top-1   |
+      |-------|---------|
+      | 0     | 81.00 % |
+      | 1     | 87.35 % |
+    """
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"

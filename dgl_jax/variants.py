@@ -25,6 +25,10 @@ def choose_words(variant: str, groups: Sequence[Sequence[str]]) -> tuple[str, ..
 
     Raises:
       UserError: an unknown word, or two of one group.
+
+    Example:
+      >>> choose_words("short", groups=(("mlp_sr", "mlp", "cnn"), ("full", "short")))
+      ('mlp_sr', 'short')
     """
     chosen = {}
     for word in variant.split(",") if variant else ():

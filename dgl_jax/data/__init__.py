@@ -57,6 +57,10 @@ def describe_dataset(*, name: str, data_dir: str = "", image_size: int = 0) -> D
 
     Raises:
       UserError: as `load_dataset`, on a set that is missing or unfit.
+
+    Example:
+      >>> describe_dataset(name="embedded")
+      Description(image_shape=(28, 28, 1), num_classes=10)
     """
     _check_sizes(image_size=image_size)
     if name in sources.ARRAY_SOURCES:

@@ -36,6 +36,13 @@ def make_blocks(
       loss_fn: the blocks' local loss, a function of the head's output and the labels; one for
         all or a sequence of one a block.
 
+    Example:
+      >>> import flax.linen as nn
+      >>> network = Network("mine", [nn.Dense(8), nn.Dense(8), nn.Dense(8)], head=nn.Dense(10))
+      >>> blocks = make_blocks(network, (1,), auxiliary_head=nn.Dense(10), loss_fn=None)
+      >>> [(block.first_layer, len(block.layers)) for block in blocks]
+      [(0, 2), (2, 1)]
+
     Source: DGL, Algorithm 1.
     Deviation: none.
     """

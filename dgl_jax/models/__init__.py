@@ -107,6 +107,11 @@ def layer_shapes(
 
     Returns:
       One shape a layer, [B, H', W', C'].
+
+    Example:
+      >>> network = make_network("cnn4", num_classes=10, width_factor=0.25)
+      >>> [shape[1:] for shape in layer_shapes(network, (28, 28, 1))]
+      [(28, 28, 16), (14, 14, 32), (14, 14, 32), (7, 7, 64)]
     """
     x = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     shapes = []

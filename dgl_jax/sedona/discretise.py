@@ -50,6 +50,15 @@ def discretise(
     Raises:
       UserError: if K is not within 1..L.
 
+    Example:
+      >>> alpha = [(0.0, 1.0), (2.0, 0.0), (1.0, 0.0)]
+      >>> beta = [(0.0, 0.0), (0.0, 0.5), (0.5, 0.0)]
+      >>> for num_blocks in (2, 3):
+      ...     found = discretise(alpha, beta, num_blocks)
+      ...     print(found.cuts, found.heads)
+      (1,) (1,)
+      (1, 2) (1, 0)
+
     Source: SEDONA, the released code's rule for a given K.
     Deviation: none.
     """

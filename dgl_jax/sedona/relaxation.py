@@ -56,6 +56,11 @@ def init_variables(num_layers: int, num_candidates: int) -> DecisionVariables:
 def relax(variables: DecisionVariables) -> Decisions:
     """The softmax of each row.
 
+    Example:
+      >>> decisions = relax(init_variables(num_layers=2, num_candidates=4))
+      >>> print(decisions.signal, decisions.head)
+      [[0.5 0.5]] [[0.25 0.25 0.25 0.25]]
+
     Source: SEDONA, the continuous relaxation; temperature 1.
     Deviation: none.
     """
