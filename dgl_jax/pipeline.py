@@ -25,6 +25,7 @@ from dgl_jax.block import (
     make_block_step,
 )
 from dgl_jax.config import Config, PlacementConfig
+from dgl_jax.models.convolution import whole_batch
 from dgl_jax.models.equal_layers import is_equal
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import FEED, UPDATE, Task
@@ -129,6 +130,8 @@ def block_program(
     """
     recorder = trace.recorder() if traced else None
     donate_argnums = () if recorder else donate_argnums
+    if len(placement.devices) > 1:
+        fn = whole_batch()(fn)
     program = jax.jit(fn, out_shardings=out_shardings, donate_argnums=donate_argnums)
     if is_local(placement.state):
         if inputs is not None:

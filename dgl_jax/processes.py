@@ -1,4 +1,4 @@
-"""Runs as processes of their own, one after the other: for scripts that compare many."""
+"""Runs as processes of their own: for scripts that compare many."""
 
 import json
 import os
@@ -39,15 +39,29 @@ def train_in_process(
     Returns:
       The run's summary; or None and the reason in one line.
     """
+    process = start_training(script, config_path, folder, overrides)
+    process.wait()
+    return result_of(process, folder)
+
+
+def start_training(
+    script: str | os.PathLike, config_path: str, folder: str, overrides: Mapping[str, Any]
+) -> subprocess.Popen:
+    """The process of `train_in_process`, which nobody waits for."""
     os.makedirs(folder, exist_ok=True)
-    output = pathlib.Path(folder, "output.txt")
     fields = [f"--config.{name}={value}" for name, value in overrides.items()]
     command = [sys.executable, script, f"--config={config_path}", f"--workdir={folder}", *fields]
-    with open(output, "w") as file:
-        code = subprocess.run(command, check=False, stdout=file, stderr=file).returncode
+    with open(os.path.join(folder, "output.txt"), "w") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file)
+
+
+def result_of(process: subprocess.Popen, folder: str) -> tuple[dict[str, Any] | None, str]:
+    """What `train_in_process` returns, of a process that has ended."""
+    code = process.returncode
     if code == 0:
         return json.loads(pathlib.Path(folder, "summary.json").read_text()), ""
-    lines = [line for line in output.read_text().splitlines() if line.strip()]
+    output = pathlib.Path(folder, "output.txt").read_text()
+    lines = [line for line in output.splitlines() if line.strip()]
     if code < 0:
         lines.append(f"killed by signal {-code}")
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

@@ -21,9 +21,10 @@ import importlib
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from absl import app, flags, logging
+import plain_flags
+from absl import flags, logging
 
 from dgl_jax.errors import UserError
 
@@ -43,28 +44,19 @@ _SUBCOMMANDS = {
 }
 
 
-def main(argv: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    try:
-        if len(argv) != 2 or argv[1] not in _SUBCOMMANDS:
-            raise UserError(
-                f"{' '.join(argv[1:]) or 'nothing'} is not what can be measured; "
-                f"give one of {', '.join(_SUBCOMMANDS)}"
-            )
-        if not _OUT.value:
-            raise UserError("--out is missing; give a folder")
-        os.makedirs(_OUT.value, exist_ok=True)
-        failures = _subcommand(argv[1])(pathlib.Path(_OUT.value))
-    except UserError as error:
-        _fail([str(error)], 2)
+    if len(arguments) != 1 or arguments[0] not in _SUBCOMMANDS:
+        raise UserError(
+            f"{' '.join(arguments) or 'nothing'} is not what can be measured; "
+            f"give one of {', '.join(_SUBCOMMANDS)}"
+        )
+    if not _OUT.value:
+        raise UserError("--out is missing; give a folder")
+    os.makedirs(_OUT.value, exist_ok=True)
+    failures = _subcommand(arguments[0])(pathlib.Path(_OUT.value))
     if failures:
-        _fail(failures, 1)
-
-
-def _fail(messages: Sequence[str], code: int) -> None:
-    for message in messages:
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+        plain_flags.fail(*failures, code=1)
 
 
 def _subcommand(what: str) -> Callable[[pathlib.Path], list[str]]:
@@ -72,15 +64,8 @@ def _subcommand(what: str) -> Callable[[pathlib.Path], list[str]]:
     return getattr(importlib.import_module(f"benchmarks.{module}"), function)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    for word in argv[1:]:
+if __name__ == "__main__":
+    for word in sys.argv[1:]:
         if word in _SUBCOMMANDS:
             _subcommand(word)  # Defines its flags.
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _fail([" ".join(str(error).split())], 2)
-
-
-if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    plain_flags.run(main, takes_arguments=True)

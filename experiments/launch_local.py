@@ -14,23 +14,24 @@ import subprocess
 import sys
 import threading
 
-from absl import app, flags
+import plain_flags
+from absl import flags
 
 from dgl_jax.distributed import free_port
+from dgl_jax.errors import UserError
 
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.", lower_bound=1)
 _GRACE_S = 10
 
 
-def main(argv: list[str]) -> None:
-    script = argv[1:]
+def main(script: list[str]) -> None:
     if not script or not _NUM_PROCESSES.value:
-        _fail(
+        raise UserError(
             "give --num_processes=N -- SCRIPT.py [FLAG ...], such as --num_processes=2 -- "
             "experiments/train.py --config=... --workdir=..."
         )
     if not os.path.isfile(script[0]):
-        _fail(f"{script[0]} is not a file; give a Python script after --")
+        raise UserError(f"{script[0]} is not a file; give a Python script after --")
     coordinator = f"localhost:{free_port()}"
     processes = [
         subprocess.Popen(
@@ -94,17 +95,5 @@ def _end(processes: list[subprocess.Popen]) -> None:
                 pass
 
 
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _fail(" ".join(str(error).split()))
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    plain_flags.run(main, takes_arguments=True)

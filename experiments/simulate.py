@@ -23,7 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+import plain_flags
+from absl import flags, logging
 
 from dgl_jax import cost
 from dgl_jax.auxiliary import make_heads
@@ -85,16 +86,10 @@ class Row:
     result: Result
 
 
-def main(argv: list[str]) -> None:
-    del argv
+def main(arguments: list[str]) -> None:
+    del arguments
     logging.set_verbosity(logging.WARNING)
-    try:
-        _simulate()
-    except UserError as error:
-        _fail(str(error))
 
-
-def _simulate() -> None:
     # ---- What is known, and what is assumed.
     if not _OUT.value:
         raise UserError("--out is missing; give a folder")
@@ -448,20 +443,5 @@ def _integers(flag: Any) -> list[int]:
     return sorted({int(word) for word in flag.value})
 
 
-def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        remaining = flags.FLAGS(argv)
-    except flags.Error as error:
-        _fail(str(error))
-    if len(remaining) > 1:
-        _fail(f"argument {remaining[1]!r} is not a flag; try --{remaining[1]}")
-    return remaining
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    plain_flags.run(main)

@@ -771,7 +771,8 @@ def test_a_description_is_what_loading_gives(npz, prepared):
         ),
     ):
         description = describe_dataset(**options)
-        assert description == Description(loaded.image_shape, loaded.num_classes)
+        num_examples = loaded.num_train + loaded.num_validation
+        assert description == Description(loaded.image_shape, loaded.num_classes, num_examples)
     for options, message in (
         ({"name": "arrays", "data_dir": npz, "image_size": 32}, "must be 0 or 6, the stored size"),
         ({"name": "arrays", "image_size": -3}, "image_size=-3 must not be negative; try 224"),

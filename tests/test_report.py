@@ -21,9 +21,12 @@ _ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(_ROOT / "experiments"))
 import evidence
 import report
+import run_folders
+import verdicts
 
 _ROWS = [(item, row) for item in evidence.ITEMS for row in item.rows]
-_DNI, _EARLY, _DEPTH, _HEADS, _COST, _DELAY, _BUFFER, _TABLE2, _GROUPING = evidence.CLAIMS
+_REST, _CONTROL, _SUM, *_OTHERS = evidence.CLAIMS
+_DNI, _EARLY, _DEPTH, _HEADS, _COST, _DELAY, _BUFFER, _TABLE2, _GROUPING = _OTHERS
 
 
 def _write_run(folder, configuration, *, seed=0, metrics=(), fields=None, **summary):
@@ -77,7 +80,14 @@ def test_every_row_loads_and_no_two_are_the_same():
     }  # fmt: skip
     for item in evidence.ITEMS:
         measured = [
-            (report.learned(evidence.load(name)), row.quantity, row.unit, row.block, row.epoch)
+            (
+                run_folders.learned(evidence.load(name)),
+                row.quantity,
+                row.unit,
+                row.block,
+                row.epoch,
+                row.share,
+            )
             for row in item.rows
             for name in evidence.configurations(row)
         ]
@@ -86,7 +96,10 @@ def test_every_row_loads_and_no_two_are_the_same():
     for _, row in _ROWS:
         for short in row.short:
             full, reduced = (
-                {report.learned(evidence.load(name)) for name in evidence.configurations(row, word)}
+                {
+                    run_folders.learned(evidence.load(name))
+                    for name in evidence.configurations(row, word)
+                }
                 for word in ("", short)
             )
             assert not full & reduced
@@ -154,7 +167,7 @@ def test_mean_deviation_seeds_and_difference(tmp_path):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["DGL", "table2.py:dgl", "93.5", "93.40 ± 0.40", "3 of 3", "300",
                      "NVIDIA H200", "-0.10 ± 0.50", "agrees", "-"]  # fmt: skip
-    assert "3 of 137" not in text and "2 of 137 figures" in text
+    assert "3 of 157" not in text and "2 of 157 figures" in text
 
 
 @pytest.mark.parametrize(
@@ -172,7 +185,7 @@ def test_a_figure_beside_the_published_one(row, measured, verdict, colour):
     row = evidence.Row(row[0], "table1.py:cnn", row[1])
     runs = [{"configuration": row.config}]
     found = measured and {"mean": measured, "deviation": None, "runs": runs}
-    judged = report.judge(row, found)
+    judged = verdicts.judge(row, found)
     assert (judged["verdict"], judged["colour"]) == (verdict, colour)
 
 
@@ -314,14 +327,56 @@ def test_blocks_and_epochs_of_parallel_and_sequential_runs(tmp_path):
     early = "block 3, after 15 epochs"
     assert rows[f"DGL, {early}"]["measured"]["mean"] == pytest.approx(100 * 300 / 2000)
     assert rows[f"sequential, {early}"]["measured"]["mean"] == pytest.approx(100 * 300 / 1250)
-    runs, _ = report.read_runs(tmp_path / "runs")
-    curve = report.learning_curve(runs[1], 2)
+    runs, _ = run_folders.read_runs(tmp_path / "runs")
+    curve = run_folders.learning_curve(runs[1], 2)
     assert [epoch for epoch, _ in curve] == list(range(1, 51))
     assert [top1 for _, top1 in curve] == pytest.approx([100 * 20 * e / 1250 for e in range(1, 51)])
     # Not evaluated then, or no metrics: nothing is made up.
     (tmp_path / "runs" / "dgl" / "metrics.jsonl").unlink()
     rows = _rows(_report(tmp_path), "Figures 3 and 4")
     assert rows[f"DGL, {early}"]["measured"] is None and rows["DGL, block 3"]["measured"]
+
+
+def test_inputs_that_come_to_rest_and_sums_of_gradients(tmp_path):
+    """Block 1's inputs are block 0's outputs; a sequential block's own updates come after others'."""
+    for method, first in (("dgl", 0), ("sequential", 1000)):
+        folder = tmp_path / "runs" / method
+        key = "train/block_1/sum_learning_rate_gradient_norm_squared"
+        metrics = [
+            {"step": first + own, key: 4 - 4 * 2 ** (-own / 250)} for own in range(50, 1001, 50)
+        ]
+        _write_run(folder, f"figure34.py:{method}", metrics=metrics, test_top1=[0.5] * 4,
+                   steps=4000 if first else 1000)  # fmt: skip
+        drift = [
+            {"step": step, "block_0": max(0.0, 1 - step / 1000), "block_1": 7.0}
+            for step in range(20, 4001 if first else 1001, 20)
+        ]
+        (folder / "drift.json").write_text(json.dumps(drift))
+    rows = _rows(_report(tmp_path), "Proposition 3.1")
+    for words, share in (("a tenth", 0.1), ("a half", 0.5), ("nine tenths", 0.9)):
+        found = rows[f"DGL, inputs of block 1, after {words}"]["measured"]
+        assert found["mean"] == pytest.approx(1 - share)
+    assert rows["sequential, inputs of block 1, after a tenth"]["measured"]["mean"] == 0
+    for method in ("DGL", "sequential"):
+        found = rows[f"{method}, sum of block 1, after a half"]["measured"]
+        assert found["mean"] == pytest.approx(100 * (1 - 2**-2) / (1 - 2**-4))
+    assert rows["DGL, sum of block 2, after a half"]["measured"] is None  # Not logged.
+    assert (tmp_path / "out" / "proposition_3_1.svg").exists()
+    (tmp_path / "runs" / "dgl" / "drift.json").unlink()
+    rows = _rows(_report(tmp_path), "Proposition 3.1")
+    assert rows["DGL, inputs of block 1, after a half"]["measured"] is None
+
+
+def test_a_claim_at_a_reduced_setting_stands_apart(tmp_path):
+    for seed in range(3):
+        for method, top1 in (("dgl", 0.8), ("cdni", 0.7), ("dni", 0.6)):
+            folder = tmp_path / "runs" / f"{method}_{seed}"
+            _write_run(folder, f"figure2.py:{method},short", seed=seed,
+                       test_top1=[top1 + 0.01 * seed])  # fmt: skip
+    content = _report(tmp_path)
+    claim = _claim(content, _DNI)
+    assert claim["verdict"] == "not run" and claim["reduced"]["short"]["verdict"] == "holds"
+    assert "| short: holds " in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_seed_counts_once_and_unfinished_runs_do_not(tmp_path):
@@ -353,9 +408,24 @@ _PAPER = {
 _FIGURE5 = {"synchronous DGL": 91.0, "S = 1.0": 91.0, "S = 1.1": 90.9, "S = 1.2": 90.8,
             "S = 2.0": 89.5}  # fmt: skip
 _FIGURE6 = {"M = 50": 91.0, "M = 5": 90.8, "M = 2": 90.5, "M = 1": 90.3}
-_GOOD = _PAPER | {_DELAY: _FIGURE5, _BUFFER: _FIGURE6}
+_INPUTS = {
+    f"DGL, inputs of block {block}, after {words}": distance
+    for block in (1, 2, 3)
+    for words, distance in (("a tenth", 0.5), ("a half", 0.3), ("nine tenths", 0.1))
+}
+_RESTING = {f"sequential, inputs of block {block}, after a tenth": 0.0 for block in (1, 2, 3)}
+_SUMS = {f"DGL, sum of block {block}, after a half": 90.0 for block in range(4)}
+_GOOD = _PAPER | {
+    _DELAY: _FIGURE5, _BUFFER: _FIGURE6, _REST: _INPUTS, _CONTROL: _RESTING, _SUM: _SUMS,
+}  # fmt: skip
 # What makes it false, and what leaves it open.
 _BAD = {
+    _REST: ({"DGL, inputs of block 2, after a half": 0.6},
+            {"DGL, inputs of block 3, after nine tenths": 0.3}),
+    _CONTROL: ({"sequential, inputs of block 1, after a tenth": 0.1},
+               {"sequential, inputs of block 2, after a tenth": 0.05}),
+    _SUM: ({"DGL, sum of block 0, after a half": 70.0},
+           {"DGL, sum of block 3, after a half": 80.1}),
     _DNI: ({"cDNI": 86.0}, {"cDNI": 85.05}),
     _EARLY: ({"sequential, block 3, after 15 epochs": 75.0}, {"DGL, block 3": 88.2}),
     _DEPTH: ({"DGL, block 2": 84.0}, {"DGL, block 2": 89.8}),
@@ -365,16 +435,21 @@ _BAD = {
     _BUFFER: ({"M = 1": 89.0}, {"M = 2": 90.05}),
     _TABLE2: ({"DGL": 92.5}, {"DGL": 93.1}),
     _GROUPING: ({"ResNet-101, SEDONA": 8.6}, {"VGG-19, SEDONA": 12.1}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("claim", evidence.CLAIMS, ids=lambda claim: claim.sentence[:30])
 def test_every_claim_can_hold_fail_stay_open_and_not_be_run(claim):
     def verdict(figures):
+        deviations = {"FLOPs": 0.0, "inputs": 0.001}
+
+        def deviation(label):
+            return next((value for word, value in deviations.items() if word in label), 0.1)
+
         return evidence.decide(
             claim,
             {
-                label: evidence.Measured(mean, 0.0 if "FLOPs" in label else 0.1, 3)
+                label: evidence.Measured(mean, deviation(label), 3)
                 for label, mean in figures.items()
                 if mean is not None
             },
@@ -480,6 +555,8 @@ def _check_against_files(content, runs):
                 lines = (runs / run["folder"] / "metrics.jsonl").read_text().splitlines()
                 (line,) = [x for x in map(json.loads, lines) if x["step"] == 20 * row.epoch]
                 value = 100 * line[f"test/block_{range(4)[row.block]}/top1"]
+            elif row.share is not None:
+                value = _after_a_share(row, runs / run["folder"], summary)
             elif row.quantity == "aux_flops_ratio":
                 value = 100 * max(summary["aux_flops_ratio"])
             else:
@@ -495,6 +572,21 @@ def _check_against_files(content, runs):
             assert found["deviation"] is None
         count += 1
     return count
+
+
+def _after_a_share(row, folder, summary):
+    """Of the step next to a share of the block's own updates."""
+    updates = summary.get("updates_per_block", summary["steps"])
+    first = row.block * updates if "sequential" in row.config else 0
+    if row.quantity == "input_drift":
+        lines, key = json.loads((folder / "drift.json").read_text()), f"block_{row.block - 1}"
+    else:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        key = f"train/block_{row.block}/sum_learning_rate_gradient_norm_squared"
+    values = {line["step"] - first: line[key] for line in lines if key in line}
+    values = {own: value for own, value in values.items() if 0 < own <= updates}
+    value = values[min(values, key=lambda own: abs(own - row.share * updates))]
+    return value if row.quantity == "input_drift" else 100 * value / values[max(values)]
 
 
 def _check_comparisons(content):
@@ -519,9 +611,9 @@ def _check_markdown(content, text):
         header, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
         assert len(cells) == len(item["rows"])
         for row, line in zip(item["rows"], cells, strict=True):
+            assert line[0] == row["label"]
             line = dict(zip(header, line, strict=True))
             found = row["measured"]
-            assert line[f"test {item['rows'][0]['unit']}"] == row["label"]
             if found is None:
                 assert line["measured"] == line["verdict"] == "not run"
                 assert line["difference"] == line["epochs"] == line["device"] == "-"
@@ -568,7 +660,7 @@ def test_with_no_runs_nothing_is_measured(tmp_path):
     assert {claim["verdict"] for claim in content["claims"]} == {"not run"}
     text = (tmp_path / "out" / "report.md").read_text()
     _check_markdown(content, text)
-    assert "0 of 137 figures were measured" in text and text.endswith("## Other runs\n\nNone.\n")
+    assert "0 of 157 figures were measured" in text and text.endswith("## Other runs\n\nNone.\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "report.html", "report.json", "report.md"
     ]  # fmt: skip
@@ -713,7 +805,7 @@ def test_the_command(tmp_path):
     (tmp_path / "runs").mkdir()
     result = _command(f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[0] == "not run: DGL beats DNI and cDNI."
+    assert result.stdout.splitlines()[0] == f"not run: {_REST.sentence}"
     assert (tmp_path / "out" / "report.html").exists()
 
 

@@ -44,10 +44,12 @@ class Description:
     Attributes:
       image_shape: (H, W, C) of the images in a batch.
       num_classes: labels are in [0, num_classes).
+      num_examples: of the training set, those for validation among them.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
+    num_examples: int
 
 
 def describe_dataset(*, name: str, data_dir: str = "", image_size: int = 0) -> Description:
@@ -60,20 +62,22 @@ def describe_dataset(*, name: str, data_dir: str = "", image_size: int = 0) -> D
 
     Example:
       >>> describe_dataset(name="embedded")
-      Description(image_shape=(28, 28, 1), num_classes=10)
+      Description(image_shape=(28, 28, 1), num_classes=10, num_examples=10000)
     """
     _check_sizes(image_size=image_size)
     if name in sources.ARRAY_SOURCES:
         arrays = sources.ARRAY_SOURCES[name](data_dir)
         image_shape, num_classes = arrays.image_shape, arrays.num_classes
+        num_examples = len(arrays.train_labels)
     else:
         tfds_set = tfds_source.find_set(name, data_dir)
         image_shape, num_classes = tfds_set.image_shape, tfds_set.num_classes
+        num_examples = tfds_set.num_examples["train"]
         if not tfds_source.fits_in_memory(tfds_set):
             size = image_size or _STREAMING_IMAGE_SIZE
-            return Description((size, size, image_shape[2]), num_classes)
+            return Description((size, size, image_shape[2]), num_classes, num_examples)
     _check_stored_size(name, image_size, image_shape[0])
-    return Description(tuple(image_shape), num_classes)
+    return Description(tuple(image_shape), num_classes, num_examples)
 
 
 def load_dataset(

@@ -12,6 +12,8 @@ depthwise convolution is a sum of shifted products, 10-30 times as fast as XLA's
 up the kernel with zeros; its gradients 3-20 times. On a GPU or a TPU nothing is changed.
 """
 
+import contextlib
+import contextvars
 import functools
 from typing import Any, NamedTuple
 
@@ -23,6 +25,21 @@ from dgl_jax.models import winograd
 
 _CACHED_BYTES = 2**19
 _NHWC = ("NHWC", "HWIO", "NHWC")
+_in_parts = contextvars.ContextVar("in_parts", default=True)
+
+
+@contextlib.contextmanager
+def whole_batch():
+    """What is traced within takes each weight gradient by one convolution of the whole batch.
+
+    For a batch that is split over devices, which would have to sum over all of them part by part;
+    and to count FLOPs, of which XLA counts those of a loop once.
+    """
+    token = _in_parts.set(False)
+    try:
+        yield
+    finally:
+        _in_parts.reset(token)
 
 
 def conv_general_dilated(
@@ -169,7 +186,7 @@ def _weight_gradient(x, dy, kernel_shape, form):
     num_parts = _num_parts(x)
     if num_parts == 1:
         return of_images(x, dy).astype(dy.dtype)
-    # Each part has every num_parts-th image, so that a batch split over devices stays where it is.
+    # Each part has every num_parts-th image.
     x, dy = (a.reshape(-1, num_parts, *a.shape[1:]) for a in (x, dy))
     part = lambda i: (lax.dynamic_index_in_dim(a, i, 1, keepdims=False) for a in (x, dy))
     add = lambda i, gradient: gradient + of_images(*part(i))
@@ -178,10 +195,12 @@ def _weight_gradient(x, dy, kernel_shape, form):
 
 
 def _num_parts(x) -> int:
-    """So many parts of the batch that what is transposed of each stays in a core's cache.
+    """So many parts of the batch that what is transposed of ``x`` stays in a core's cache.
 
     XLA transposes element by element: of a whole batch each would come from memory again.
     """
+    if not _in_parts.get():
+        return 1
     num_parts, num_bytes = 1, x.size * x.dtype.itemsize
     while num_bytes > num_parts * _CACHED_BYTES and len(x) % (2 * num_parts) == 0:
         num_parts *= 2
@@ -226,7 +245,8 @@ def _is_for_winograd(x, kernel_shape, form) -> bool:
     """Where its weight gradient was found to be 1.2-2.5 times as fast, on two cores."""
     batch_size, height, width, _ = x.shape
     return (
-        kernel_shape[:2] == (3, 3)
+        _in_parts.get()
+        and kernel_shape[:2] == (3, 3)
         and form == _Form((1, 1), ((1, 1), (1, 1)), precision=None, depthwise=False)
         and height % winograd.TILE == width % winograd.TILE == 0
         and height * width <= 16 * 16

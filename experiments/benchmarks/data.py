@@ -103,13 +103,15 @@ def _time_streaming(name: str, data_dir: str, num_workers: Sequence[int]) -> lis
     ]
     for _ in range(setting.ROUNDS.value):
         for dataset, row in zip(datasets, rows, strict=True):
-            # What they had read ahead when the clock started they have again when it stops.
-            first = 1 + 2 * max(row["num_workers"], row["num_cores"])
-            for step in range(first + steps):
+            # Batches come in bursts, one of each reader, and what they had read ahead when the
+            # clock started they have again when it stops.
+            readers = max(row["num_workers"], row["num_cores"])
+            first, timed = 1 + 2 * readers, -(-steps // readers) * readers
+            for step in range(first + timed):
                 if step == first:
                     start = time.perf_counter()
                 jax.block_until_ready(dataset.batch_at(step))
-            row["images_per_second"].append(steps * batch_size / (time.perf_counter() - start))
+            row["images_per_second"].append(timed * batch_size / (time.perf_counter() - start))
             dataset.close()
     return rows
 
@@ -148,7 +150,7 @@ def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
     about_streaming = (
         f"Random resized crops of {size} pixels from JPEGs of {content['mean_bytes'] / 1e3:.0f} kB "
         f"on average ({content['jpegs']}), in batches of {batch_size}, normalised on the device; "
-        f"{setting.STEPS.value} batches a turn. A core: of those that decode, one a worker or "
+        f"{setting.STEPS.value} batches a turn or a few more, as many of each worker. A core: of those that decode, one a worker or "
         "thread while there are enough."
     )
     about_decoding = (

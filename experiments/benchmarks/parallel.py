@@ -362,6 +362,7 @@ def dispatch(folder: pathlib.Path) -> list[str]:
     activations and labels, waiting for the oldest step. On CPUs the devices' own threads share
     the host's cores: it is an upper bound.
     """
+    jax.config.update("jax_platforms", "cpu")  # As many devices as wanted, on any machine.
     most = max(_DISPATCH_BLOCKS)
     jax.config.update("jax_num_cpu_devices", most)
     rows = []

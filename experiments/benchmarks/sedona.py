@@ -91,6 +91,7 @@ def _run_variant(folder: pathlib.Path, estimator: str, remat: str) -> tuple[dict
     path = _variant_path(folder, estimator, remat)
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
+    shutil.rmtree(_cache(path), ignore_errors=True)  # Of a measurement that was killed.
     log = path.with_suffix(".log")
     failure, is_expected = None, True
     with open(log, "w") as file:
@@ -125,7 +126,7 @@ def _measure_outer_step(folder: pathlib.Path, estimator: str, remat: str, part: 
     """Measures one variant; writes what it has after each part, as the next may be its end."""
     path = _variant_path(folder, estimator, remat)
     jax.config.update("jax_compilation_cache_dir", str(_cache(path)))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 10)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     measured = json.loads(path.read_text()) if part == "run" else {}
 
     def keep(**numbers):

@@ -1,5 +1,6 @@
 """What all benchmarks share: their flags, how they take turns, and what stands beside a figure."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -10,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from absl import flags
 
 from dgl_jax.errors import UserError
@@ -64,11 +64,12 @@ def whole_numbers(flag: flags.FlagHolder, least: int) -> list[int]:
 
 def machine() -> dict[str, Any]:
     """What stands beside every figure: the command, and what it ran on."""
+    has_affinity = hasattr(os, "sched_getaffinity")
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "num_cpus": os.cpu_count(),
+        "num_cpus": len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count(),
         "python": platform.python_version(),
-        "jax": jax.__version__,
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 

@@ -27,6 +27,7 @@ from dgl_jax.config import Config, default_config, from_dict
 from dgl_jax.errors import UserError
 from dgl_jax.grouping import choose_cuts, configured_blocks, configured_network
 from dgl_jax.methods import METHODS
+from dgl_jax.models.convolution import whole_batch
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements
@@ -93,9 +94,8 @@ def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:
         f"{content['device']}, {setting.on_what(content)}. Medians of {setting.ROUNDS.value} "
         f"interleaved rounds of {setting.STEPS.value} steps, least to most in brackets; ratios "
         "round by round. MLP-SR-aux heads, uniform cuts. Host: until the call that starts a step's "
-        "program returns, over its steps. FLOP/s: XLA's count before it compiles, in which Winograd's "
-        "form of a weight gradient counts as what it is, "
-        f"over the time; a product of {_MATRIX_SIZE} x {_MATRIX_SIZE} matrices reached "
+        "program returns, over its steps. FLOP/s: XLA's count of plain convolutions over the time; "
+        f"a product of {_MATRIX_SIZE} x {_MATRIX_SIZE} matrices reached "
         f"{rate:.0f} GFLOP/s in the same dtype."
     )
     setting.write(folder, "step", content, title, [table, notes])
@@ -166,9 +166,9 @@ def _measure(network: str, name: str, width_factor: float) -> list[dict[str, Any
         rows.append({"network": network, "variant": variant, "cuts": cuts})
         rows[-1]["flops"] = _flops(config)
         if _TORCH.value:
-            turns[f"torch {variant}"], process = _torch(name, width_factor, cuts)
+            turns[f"torch {variant}"], process, about = _torch(name, width_factor, cuts)
             processes.append(process)
-            rows.append(rows[-1] | {"variant": f"torch {variant}", "flops": None})
+            rows.append(rows[-1] | {"variant": f"torch {variant}", "flops": None} | about)
     seconds = setting.interleaved_seconds(turns, setting.ROUNDS.value, setting.STEPS.value)
     for process in processes:
         process.communicate()
@@ -241,10 +241,11 @@ def _flops(config: Config) -> float:
     blocks = [dataclasses.replace(block, scan_layers=False) for block in blocks]
     optimizer = make_optimizer(config.optimizer, 10**6, 10**6)
     given, labels, key = shapes(blocks, optimizer)
-    return sum(
-        cost.flops(make_block_step(block, optimizer), state, x, labels, key)
-        for block, (state, x) in zip(blocks, given, strict=True)
-    )
+    with whole_batch():
+        return sum(
+            cost.flops(make_block_step(block, optimizer), state, x, labels, key)
+            for block, (state, x) in zip(blocks, given, strict=True)
+        )
 
 
 def fused(config: Config) -> tuple[Callable[[int], None], Sequence[int], list[float]]:
@@ -287,8 +288,8 @@ def fused(config: Config) -> tuple[Callable[[int], None], Sequence[int], list[fl
 
 def _torch(
     name: str, width_factor: float, cuts: Sequence[int]
-) -> tuple[Callable[[int], None], subprocess.Popen]:
-    """``run(number)`` in a process that trains in PyTorch, and the process."""
+) -> tuple[Callable[[int], None], subprocess.Popen, dict[str, str]]:
+    """``run(number)`` in a process that trains in PyTorch, the process, its device and version."""
     command = [
         sys.executable,
         str(pathlib.Path(__file__).with_name("torch_peers.py")),
@@ -309,14 +310,19 @@ def _torch(
             raise UserError(f"a process has failed: {' '.join(command)}")
         return json.loads(line)
 
-    answer()
+    about = answer()
+    if (about["device"] == "cpu") != (jax.default_backend() == "cpu"):
+        raise UserError(
+            f"PyTorch runs on {about['device']}, jax on {jax.devices()[0].device_kind}; install "
+            "both for the same device, or leave out --torch"
+        )
 
     def run(number):
         process.stdin.write(f"{number}\n")
         process.stdin.flush()
         answer()
 
-    return run, process
+    return run, process, about
 
 
 def _matrix_flops_per_second() -> float:

@@ -43,6 +43,9 @@ def get_config(variant: str = ""):
     scale = config.train.num_epochs / 50
     config.optimizer.drop_epochs = (15 * scale, 30 * scale, 45 * scale)
     config.optimizer.drop_factor = 0.2
+    # The quantities of Proposition 3.1.
+    config.eval.log_drift = True
+    config.train.log_gradient_norm = True
     if method == "sequential":
         config.eval.every_epochs = 0.25  # One block learns at a time: once in each of its epochs.
     if budget == "short":
@@ -50,4 +53,5 @@ def get_config(variant: str = ""):
         config.data.name = "embedded"
         config.data.crop_padding = 0
         config.data.std = ()
+        config.eval.every_epochs /= 10  # Three epochs in all.
     return config

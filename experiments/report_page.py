@@ -1,0 +1,279 @@
+"""How the report is drawn and written: its pictures, its page as Markdown and as HTML."""
+
+import base64
+import collections
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import evidence
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from run_folders import (
+    FULL,
+    NOT_LEARNED,
+    Run,
+    gradient_sum,
+    group,
+    input_drift,
+    learning_curve,
+    point,
+)
+
+from dgl_jax.plots import STYLE
+from dgl_jax.tables import markdown
+
+# ---- Pictures.
+
+
+def draw(runs: Sequence[Run]) -> dict[str, list[tuple[str, bytes]]]:
+    """By an item's name: (file name, SVG) of each setting of which there are runs."""
+    matplotlib.use("Agg")
+    pictures = collections.defaultdict(list)
+    for item in (item for item in evidence.ITEMS if item.name in _PLOTS):
+        rows = [row for row in item.rows if row.epoch is None and row.unit != evidence.FLOPS]
+        groups = {row: group(row, runs) for row in rows}
+        for setting in sorted({setting for found in groups.values() for setting in found}):
+            members = {row: found[setting] for row, found in groups.items() if setting in found}
+            members = {row: found for row, found in members.items() if point(row, found)}
+            if not members:
+                continue
+            title = item.name if setting == FULL else f"{item.name}, reduced: {setting}"
+            with plt.rc_context(STYLE | {"svg.hashsalt": title, "svg.fonttype": "none"}):
+                figure = plt.figure(figsize=(7, 4))
+                _PLOTS[item.name](figure, members, setting == FULL)
+                figure.suptitle(title, fontsize=11)
+                file = io.BytesIO()
+                figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+                plt.close(figure)
+            name = re.sub(r"\W+", "_", title).lower() + ".svg"
+            pictures[item.name].append((name, file.getvalue()))
+    return pictures
+
+
+def _plot_curves(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool) -> None:
+    """One line a run: a style for each method; a colour for each block, or else each method."""
+    del is_full
+    axes, styles = figure.subplots(), _styles(members)
+    for place, (row, found) in enumerate(members.items()):
+        color = f"C{row.block if row.block >= 0 else place}"
+        for same in found.values():
+            curve = np.reshape(learning_curve(same[0], row.block), (-1, 2))  # It may be empty.
+            axes.plot(*curve.T, styles[row.config], color=color, lw=1.2)
+        axes.plot([], [], styles[row.config], color=color, label=row.label)
+    axes.set(xlabel="epochs of the block's own updates", ylabel="test accuracy, %")
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _plot_theorem(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool) -> None:
+    """A block's inputs' distance from their final density; its weighted sum of gradient norms."""
+    del is_full
+    figure.set_size_inches(9, 4)
+    (drift_axes, sum_axes), styles = figure.subplots(1, 2), _styles(members)
+    lines = {(row.quantity, row.config, row.block): found for row, found in members.items()}
+    for (quantity, config, block), found in lines.items():
+        axes, curve_of = {
+            "input_drift": (drift_axes, input_drift),
+            "gradient_sum": (sum_axes, gradient_sum),
+        }[quantity]
+        method = config.partition(":")[2]
+        for same in found.values():
+            curve = np.reshape(curve_of(same[0], block), (-1, 2))
+            axes.plot(*curve.T, styles[config], color=f"C{block}", lw=1.2)
+        axes.plot([], [], styles[config], color=f"C{block}", label=f"{method}, block {block}")
+    drift_axes.set_title("distance of a block's inputs from the final ones", fontsize=9)
+    sum_axes.set_title("sum of learning rate x squared gradient norm", fontsize=9)
+    for axes in (drift_axes, sum_axes):
+        axes.set(xlabel="epochs of the block's own updates")
+        axes.legend(frameon=False, fontsize="x-small")
+
+
+def _styles(members: Mapping[evidence.Row, Any]) -> dict[str, str]:
+    return dict(zip(dict.fromkeys(row.config for row in members), ("-", "--", ":", "-.")))
+
+
+def _plot_values(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool) -> None:
+    """Means and deviations in the item's order; bars beside published figures, else points."""
+    axes = figure.subplots()
+    points = [point(row, found) for row, found in members.items()]
+    means, places = [found["mean"] for found in points], range(len(points))
+    errors = {"yerr": [found["deviation"] or 0.0 for found in points], "capsize": 3}
+    if next(iter(members)).published is None:
+        axes.errorbar(places, means, fmt="o", label="measured", **errors)
+    else:
+        published = [row.published for row in members] if is_full else []
+        axes.bar(places, means, width=0.5, label="measured", **errors)
+        axes.plot(places[: len(published)], published, "kD", label="published")
+        axes.set_ylim(min(means + published) - 2, max(means + published) + 2)
+    axes.set_xticks(places, [row.label.replace("synchronous ", "") for row in members])
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(frameon=False, fontsize="small")
+
+
+_PLOTS = {
+    "Proposition 3.1": _plot_theorem,
+    "Figure 2": _plot_curves,
+    "Figures 3 and 4": _plot_curves,
+    "Table 1": _plot_values,
+    "Figure 5": _plot_values,
+    "Figure 6": _plot_values,
+}
+
+# ---- The page: parts, (kind, content), of which both Markdown and HTML are made.
+
+_COMMAND = (
+    "python experiments/train.py --config=experiments/configs/CONFIGURATION --workdir=DIR "
+    "--config.data.data_dir=TFDS_DIR --config.seed=SEED"
+)
+_RULES = (
+    "A claim's comparison holds, or does not, where the difference clears its bound by more than "
+    "twice its standard error; between, it is not decided. A figure agrees with the published one "
+    "(green) within twice the standard error of their difference, is near (amber) up to "
+    f"{evidence.NEAR:g} % beyond, and differs (red) further on. Where there is one run, published "
+    f"or ours, a standard deviation of {evidence.SPREAD:g} % is assumed, of "
+    f"{evidence.EARLY_SPREAD:g} % before the end (of distances {evidence.DISTANCE_SPREAD:g}). "
+    "Measured: the mean over runs ± their standard deviation (of a sample). A run "
+    f"counts for a row if its configuration is the row's but for {', '.join(NOT_LEARNED)}. "
+    "Reduced settings, fewer epochs or a word such as short, are other experiments: what they say "
+    "of a claim stands apart, and judges nothing."
+)
+_HEADER = ["configuration", "published", "measured", "runs", "epochs", "device", "difference"]
+_HEADER += ["verdict", "reduced settings"]
+
+
+def page(content: Mapping[str, Any], pictures: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What is on the page: text, tables (header, rows, a colour for each), pictures."""
+    rows = [row for item in content["items"] for row in item["rows"]]
+    count = f"{sum(row['measured'] is not None for row in rows)} of {len(rows)} figures"
+    claims = [
+        [
+            claim["verdict"],
+            claim["sentence"],
+            f"{claim['paper']}, {claim['item']}",
+            _compared(claim["comparisons"]),
+            "; ".join(f"{s}: {found['verdict']}" for s, found in claim["reduced"].items()) or "-",
+        ]
+        for claim in content["claims"]
+    ]
+    header = ["verdict", "claim", "from", "difference ± twice its standard error"]
+    header.append("at reduced settings")
+    parts = [
+        ("h1", "What the papers report, and what was measured"),
+        ("p", f"{count} were measured at the papers' own settings; the others say: not run."),
+        ("h2", "The papers' claims"),
+        ("table", (header, claims, [claim["colour"] for claim in content["claims"]])),
+        ("p", _RULES),
+    ]
+    for item in content["items"]:
+        colours = [row["colour"] for row in item["rows"]]
+        header = [_heading(item["rows"]), *_HEADER]
+        parts += [
+            ("h2", f"{item['paper']}, {item['name']}: {item['title']}"),
+            ("p", item["note"]),
+            ("table", (header, [_cells(row) for row in item["rows"]], colours)),
+            ("pre", f"{_COMMAND}  # {item['seeds']} seed(s), from 0"),
+            *(("img", picture) for picture in pictures.get(item["name"], ())),
+        ]
+    parts.append(("h2", "Other runs"))
+    others = [[folder, reason] for folder, reason in content["other_runs"].items()]
+    if others:
+        return [*parts, ("table", (["folder", "why"], others, ["grey"] * len(others)))]
+    return [*parts, ("p", "None.")]
+
+
+def _heading(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the figures are: "test accuracy, %"; with others among them, those say it themselves."""
+    units = list(dict.fromkeys(row["unit"] for row in rows))
+    return (
+        f"test {units[0]}" if units[0] in (evidence.ACCURACY, evidence.ERROR) else "; ".join(units)
+    )
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    names, found, published = row["configurations"], row["measured"], row["published"]
+    reduced = [
+        f"{setting}: {_value(one)} ({len(one['runs'])} run(s), {', '.join(one['devices'])})"
+        for setting, one in row["reduced"].items()
+    ]
+    return [
+        row["label"],
+        names[0] + (f" ... {names[-1].rpartition(',')[2]}" if len(names) > 1 else ""),
+        "-" if published is None else str(published),
+        _value(found) if found else evidence.NOT_RUN,
+        f"{len(found['runs']) if found else 0} of {row['wanted_runs']}",
+        f"{found['epochs']:.4g}" if found else "-",
+        ", ".join(found["devices"]) if found else "-",
+        "-" if row["difference"] is None else f"{row['difference']:+.2f} ± {row['error']:.2f}",
+        row["verdict"],
+        "; ".join(reduced) or "-",
+    ]
+
+
+def _value(found: Mapping[str, Any]) -> str:
+    text = f"{found['mean']:.2f}"
+    return text if found["deviation"] is None else f"{text} ± {found['deviation']:.2f}"
+
+
+def _compared(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(
+        f"{one['rule']}: "
+        + ("" if one["error"] is None else f"{one['difference']:+.2f} ± {one['error']:.2f}, ")
+        + one["verdict"]
+        for one in comparisons
+    )
+
+
+def to_markdown(parts: Sequence[tuple[str, Any]]) -> str:
+    """Pictures are files beside it."""
+    marks = {"h1": "# ", "h2": "## ", "p": "", "pre": "    "}
+    texts = []
+    for kind, content in parts:
+        if kind == "table":
+            texts.append(markdown(*content[:2]))
+        elif kind == "img":
+            texts.append(f"![{content[0].removesuffix('.svg')}]({content[0]})")
+        else:
+            texts.append(marks[kind] + content)
+    return "\n\n".join(texts) + "\n"
+
+
+def to_html(parts: Sequence[tuple[str, Any]]) -> str:
+    """One file that needs no other; what is too wide scrolls inside its own box."""
+    texts = [_HEAD]
+    for kind, content in parts:
+        if kind == "table":
+            header, rows, colours = content
+            texts.append('<div class="box"><table>')
+            for cells, colour in zip([header, *rows], ["head", *colours], strict=True):
+                tag = "th" if colour == "head" else "td"
+                tags = (f"<{tag} class=long>" if len(cell) > 40 else f"<{tag}>" for cell in cells)
+                row = "".join(f"{t}{html.escape(cell)}</{tag}>" for t, cell in zip(tags, cells))
+                texts.append(f'<tr class="{colour}">{row}</tr>')
+            texts.append("</table></div>")
+        elif kind == "img":
+            alt, data = content[0].removesuffix(".svg"), base64.b64encode(content[1]).decode()
+            source = f"data:image/svg+xml;base64,{data}"
+            texts.append(f'<div class="box"><img alt="{alt}" src="{source}"></div>')
+        else:
+            texts.append(f"<{kind}>{html.escape(content)}</{kind}>")
+    return "\n".join(texts) + "\n</body></html>\n"
+
+
+_HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>dgl_jax: the evidence</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body { font: 16px/1.5 sans-serif; color: #222; max-width: 1240px; margin: auto; padding: 0 16px }
+.box { overflow-x: auto } .box, pre { margin: 12px 0 }
+pre { background: #f4f4f4; padding: 8px; white-space: pre-wrap; overflow-wrap: anywhere }
+table { border-collapse: collapse; font-size: 13px }
+td, th { text-align: left; vertical-align: top; padding: 4px 8px; border-bottom: 1px solid #ddd;
+  white-space: nowrap }
+.long { white-space: normal; min-width: 20em }
+.green td { background: #dcf2e1 } .red td { background: #fbdcd9 }
+.amber td { background: #fdf0cd } .grey td { color: #595959 }
+img { width: 700px; max-width: none }
+</style></head><body>"""

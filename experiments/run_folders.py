@@ -1,0 +1,257 @@
+"""What was run: finished run folders, and which figure of `evidence.py` each counts for."""
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import evidence
+
+from dgl_jax.config import ONE_BLOCK_METHODS, Config, from_dict
+from dgl_jax.data.statistics import PUBLISHED
+from dgl_jax.errors import UserError
+from dgl_jax.metrics import read_metrics
+
+FULL = "full"
+# Sections and fields that change nothing that is learned, or rounding at most.
+NOT_LEARNED = (
+    "seed", "trace", "profile", "placement", "checkpoint",
+    "eval.every_epochs", "eval.batch_size", "eval.log_drift", "eval.time_blocks",
+    "train.log_every_steps", "train.log_gradient_norm", "train.steps_per_call",
+    "train.remat_blocks", "network.scan_layers", "data.data_dir", "data.num_workers",
+)  # fmt: skip
+# In a shorter run of the same setting these differ.
+_LENGTH = ("train.num_epochs", "train.num_steps", "optimizer.drop_epochs")
+
+Settings = frozenset[tuple[str, Any]]  # (field, value).
+
+
+class Run(NamedTuple):
+    """A finished run; `folder` is below --runs."""
+
+    folder: str
+    path: pathlib.Path
+    config: Config
+    settings: Settings
+    summary: Mapping[str, Any]
+    updates: int  # Of each block.
+    classifiers: Sequence[int]
+
+
+def learned(config: Config) -> Settings:
+    """The fields that decide what is learned, seed apart: a row's runs all have the row's.
+
+    Without `NOT_LEARNED`. A set's own mean and deviation are written out. Images of `arrays` are
+    the set that their file is named after, such as cifar10.npz; of a search's file its folder's
+    and its own name count. Backprop has no cuts and heads, and data_parallel is backprop. Where no
+    block is slowed down, it does not matter which.
+    """
+    sections = dataclasses.asdict(config)
+    data, partition, replay = (sections[name] for name in ("data", "partition", "replay"))
+    if data["name"] == "arrays":
+        data["name"] = pathlib.PurePath(data["data_dir"]).stem
+    own = PUBLISHED.get(data["name"].partition("/")[0], ((), ()))
+    data["mean"], data["std"] = data["mean"] or own[0], data["std"] or own[1]
+    partition["from_search"] = "/".join(pathlib.PurePath(partition["from_search"]).parts[-2:])
+    if replay["slowdown"] == 1:
+        replay["slow_block"] = 0
+    if config.method.name in ONE_BLOCK_METHODS:
+        sections |= {"method": {"name": "backprop"}, "partition": {}, "auxiliary": {}}
+    return frozenset(
+        (f"{section}.{field}", value)
+        for section, fields in sections.items()
+        if section not in NOT_LEARNED
+        for field, value in fields.items()
+        if f"{section}.{field}" not in NOT_LEARNED
+    )
+
+
+def read_runs(root: pathlib.Path) -> tuple[list[Run], dict[str, str]]:
+    """All finished runs below a folder by name; and of the other folders, why they are none.
+
+    Raises:
+      UserError: there is no such folder, or a run's file can't be understood.
+    """
+    if not root.is_dir():
+        raise UserError(f"--runs={root} must be a folder of runs; try experiments/results/runs")
+    paths = {path.parent for name in ("config", "summary") for path in root.rglob(f"{name}.json")}
+    runs, others = [], {}
+    for path in sorted(paths):
+        folder = path.relative_to(root).as_posix()
+        fields, summary = _read(path / "config.json"), _read(path / "summary.json")
+        if not fields or "search" in fields:
+            others[folder] = "a search" if fields else "no config.json"
+        elif summary.get("finished") is not True:
+            others[folder] = "not finished"
+        else:
+            fields.pop("resolved", None)
+            try:
+                config = from_dict(fields)
+            except UserError as error:
+                raise _broken(path / "config.json", str(error)) from error
+            _check_summary(path / "summary.json", summary)
+            # Older runs have neither of these: their blocks went together, and all classified.
+            updates = summary.get("updates_per_block", summary["steps"])
+            classifiers = summary.get("classifiers", range(len(summary["test_top1"])))
+            settings = learned(config)
+            runs.append(Run(folder, path, config, settings, summary, updates, classifiers))
+    return runs, others
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise _broken(path, f"cannot be parsed ({error})") from error
+    if not isinstance(content, dict):
+        raise _broken(path, "must be one JSON object")
+    return content
+
+
+def _check_summary(path: pathlib.Path, summary: Mapping[str, Any]) -> None:
+    """That what is taken from it are numbers, or lists of numbers, one a block."""
+    fractions = ("test_top1", "test_top5", "ensemble_last_top1")
+    for name in (*fractions, "aux_flops_ratio", "epochs", "steps"):
+        value, most = summary.get(name), 1 if name in fractions else math.inf
+        is_list = name.startswith(("test", "aux"))
+        numbers = value if is_list else [value or None]  # Not 0: one divides by epochs.
+        if not (isinstance(numbers, list) and numbers) or not all(
+            type(x) in (int, float) and 0 <= x <= most for x in numbers
+        ):
+            rule = "numbers from 0" if is_list else "a number above 0"
+            raise _broken(path, f"{name}={value!r} must be {rule}{' to 1' * (most == 1)}")
+
+
+def _broken(path: pathlib.Path, what: str) -> UserError:
+    return UserError(f"{path}: {what}; run it again, or take its folder out of --runs")
+
+
+def group(row: evidence.Row, runs: Sequence[Run]) -> dict[str, dict[tuple[str, int], list[Run]]]:
+    """A row's runs by setting: FULL, a word of `row.short`, or such as "8 of 50 epochs".
+
+    The last is the full setting but for the length and where the rate drops, or the summary says
+    that it ended early. Longer runs are not the row's.
+
+    Returns:
+      For each setting the runs by configuration and seed, of which the first counts.
+    """
+    wanted = {}
+    for short in ("", *row.short):
+        for name in evidence.configurations(row, short):
+            wanted.setdefault(learned(evidence.load(name)), (short or FULL, name))
+    full = {_any_length(s): name for s, (setting, name) in wanted.items() if setting == FULL}
+    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    for run in runs:
+        setting, name = wanted.get(run.settings, (None, full.get(_any_length(run.settings))))
+        if name and setting in (None, FULL):
+            train, epochs = evidence.load(name).train, run.summary["epochs"]
+            if run.updates < (train.num_steps or round(train.num_epochs * run.updates / epochs)):
+                setting = f"{epochs:.4g} of {train.num_epochs:g} epochs"
+                if train.num_steps:
+                    setting = f"{run.updates} of {train.num_steps} steps"
+        if setting:
+            groups[setting][name, run.config.seed].append(run)
+    return groups
+
+
+def _any_length(settings: Settings) -> Settings:
+    return frozenset((field, value) for field, value in settings if field not in _LENGTH)
+
+
+def learning_curve(run: Run, block: int) -> list[tuple[float, float]]:
+    """(Epochs of its own updates, test accuracy in %) of a block, -1 for the last.
+
+    Of runs in which all blocks learn together, or (sequential) one after the other.
+    """
+    block = run.classifiers[block] if block < 0 else block
+    curve = _curve(run, block, _metrics(run), f"test/block_{block}/top1")
+    return [(epoch, 100 * top1) for epoch, top1 in curve]
+
+
+def input_drift(run: Run, block: int) -> list[tuple[float, float]]:
+    """(Epochs of its own updates, distance of its inputs' density from the final one), from 1 on.
+
+    Empty unless the run had config.eval.log_drift.
+    """
+    path = run.path / "drift.json"
+    lines = json.loads(path.read_text()) if path.exists() else []
+    return _curve(run, block, lines, f"block_{block - 1}")
+
+
+def gradient_sum(run: Run, block: int) -> list[tuple[float, float]]:
+    """(Epochs of its own updates, sum of learning rate times squared gradient norm) of a block.
+
+    Empty unless the run had config.train.log_gradient_norm.
+    """
+    key = f"train/block_{block}/sum_learning_rate_gradient_norm_squared"
+    return _curve(run, block, _metrics(run), key)
+
+
+def _metrics(run: Run) -> list[dict[str, Any]]:
+    return read_metrics(str(run.path / "metrics.jsonl"))
+
+
+def _curve(
+    run: Run, block: int, lines: Sequence[Mapping[str, Any]], key: str
+) -> list[tuple[float, float]]:
+    """What the lines of the block's own updates say, over its epochs."""
+    first = block * run.updates if run.config.method.name == "sequential" else 0
+    steps_per_epoch = run.updates / run.summary["epochs"]
+    lines = [line for line in lines if key in line and 0 < line["step"] - first <= run.updates]
+    return [((line["step"] - first) / steps_per_epoch, line[key]) for line in lines]
+
+
+def value_of(row: evidence.Row, run: Run) -> float | None:
+    """A row's number in one run; None if it was not evaluated within half an epoch."""
+    if row.quantity == "input_drift":
+        return _at(row.share * run.summary["epochs"], input_drift(run, row.block))
+    if row.quantity == "gradient_sum":
+        curve = gradient_sum(run, row.block)
+        part = _at(row.share * run.summary["epochs"], curve)
+        return None if part is None else 100 * part / curve[-1][1]
+    if row.epoch is not None:
+        return _at(row.epoch, learning_curve(run, row.block))
+    value = run.summary[row.quantity]
+    if row.unit == evidence.FLOPS:
+        value = max(value)
+    elif isinstance(value, list):
+        value = value[list(run.classifiers).index(row.block) if row.block >= 0 else -1]
+    return 100 - 100 * value if row.unit == evidence.ERROR else 100 * value
+
+
+def _at(epoch: float, curve: Sequence[tuple[float, float]]) -> float | None:
+    nearest = min(curve, key=lambda xy: abs(xy[0] - epoch), default=(math.inf, 0.0))
+    return nearest[1] if abs(nearest[0] - epoch) < 0.5 else None
+
+
+def point(
+    row: evidence.Row, members: Mapping[tuple[str, int], Sequence[Run]]
+) -> dict[str, Any] | None:
+    """The mean over runs, with the standard deviation of a sample (None for one run).
+
+    Of a configuration and seed that ran several times the first run counts that has the number.
+    """
+    found = []
+    for key, same in sorted(members.items()):
+        values = ((run, value_of(row, run)) for run in same)
+        found += [(key, *one) for one in values if one[1] is not None][:1]
+    if not found:
+        return None
+    values = [round(value, 6) for _, _, value in found]
+    runs = [run for _, run, _ in found]
+    return {
+        "mean": round(statistics.fmean(values), 6),
+        "deviation": round(statistics.stdev(values), 6) if len(values) > 1 else None,
+        "epochs": round(statistics.fmean(run.summary["epochs"] for run in runs), 2),
+        "devices": sorted({str(run.summary.get("device_kind")) for run in runs}),
+        "runs": [
+            {"folder": run.folder, "configuration": name, "seed": seed, "value": value}
+            for ((name, seed), run, _), value in zip(found, values)
+        ],
+    }

@@ -1,0 +1,82 @@
+"""What holds: each figure of the papers and each claim, beside what was measured."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import evidence
+from run_folders import FULL, Run, group, point
+
+_COLOURS = {
+    evidence.HOLDS: "green",
+    evidence.UNDECIDED: "amber",
+    evidence.FAILS: "red",
+    evidence.NOT_RUN: "grey",
+}
+
+
+def judge(row: evidence.Row, measured: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A figure against the published one, by twice the standard error of their difference."""
+    nothing = {"difference": None, "error": None}
+    if measured is None:
+        return {"verdict": evidence.NOT_RUN, "colour": "grey"} | nothing
+    if row.published is None:
+        return {"verdict": "no number published", "colour": "plain"} | nothing
+    difference = measured["mean"] - row.published
+    ours = _measured(row, measured)
+    theirs = evidence.assumed_spread(row) if row.spread is None else row.spread
+    error = 2 * math.sqrt(ours.deviation**2 / ours.runs + theirs**2)
+    side, beyond = "above" if difference > 0 else "below", abs(difference) - error
+    colour = "green" if beyond <= 0 else "amber" if beyond <= evidence.NEAR else "red"
+    words = {"green": "agrees", "amber": f"near, {side}", "red": f"differs, {side}"}[colour]
+    return {"verdict": words, "colour": colour, "difference": difference, "error": error}
+
+
+def measure(runs: Sequence[Run], others: Mapping[str, str]) -> dict[str, Any]:
+    """The whole report as data: report.json."""
+    others, used, items, claims = dict(others), set(), [], []
+    for item in evidence.ITEMS:
+        rows = []
+        for row in item.rows:
+            groups = group(row, runs)
+            for first, *again in (same for found in groups.values() for same in found.values()):
+                used.add(first.folder)
+                reason = f"same configuration and seed as {first.folder}"
+                others |= {run.folder: reason for run in again}
+            points = {setting: point(row, found) for setting, found in sorted(groups.items())}
+            full, names = points.pop(FULL, None), evidence.configurations(row)
+            reduced = {setting: found for setting, found in points.items() if found}
+            about = {"label": row.label, "unit": row.unit, "configurations": names}
+            about |= {"wanted_runs": item.seeds * len(names), "published": row.published}
+            rows.append(about | {"measured": full} | judge(row, full) | {"reduced": reduced})
+        items.append(item._asdict() | {"rows": rows})
+    for claim in evidence.CLAIMS:
+        item = next(item for item in evidence.ITEMS if item.name == claim.item)
+        rows = list(zip(item.rows, next(i["rows"] for i in items if i["name"] == claim.item)))
+        full = {row.label: _measured(row, one["measured"]) for row, one in rows if one["measured"]}
+        reduced = {}
+        for row, one in rows:
+            for setting, found in one["reduced"].items():
+                measured = _measured(row, found, setting if setting in row.short else "")
+                reduced.setdefault(setting, {})[row.label] = measured
+        words = _decided(claim, full)
+        words |= {"reduced": {s: _decided(claim, found) for s, found in sorted(reduced.items())}}
+        claims.append(claim._asdict() | {"paper": item.paper} | words)
+    others |= {run.folder: "matches no row" for run in runs if run.folder not in {*used, *others}}
+    return {"items": items, "claims": claims, "other_runs": dict(sorted(others.items()))}
+
+
+def _decided(claim: evidence.Claim, measured: Mapping[str, evidence.Measured]) -> dict[str, Any]:
+    verdict, compared = evidence.decide(claim, measured), []
+    for comparison in claim.comparisons:
+        found = zip(("verdict", "difference", "error"), evidence.compare(comparison, measured))
+        compared.append({"rule": str(comparison), **comparison._asdict(), **dict(found)})
+    return {"verdict": verdict, "colour": _COLOURS[verdict], "comparisons": compared}
+
+
+def _measured(row: evidence.Row, found: Mapping[str, Any], short: str = "") -> evidence.Measured:
+    deviation = found["deviation"]
+    deviation = evidence.assumed_spread(row) if deviation is None else deviation
+    has_run = {run["configuration"] for run in found["runs"]}
+    is_whole = has_run == set(evidence.configurations(row, short))
+    return evidence.Measured(found["mean"], deviation, len(found["runs"]), is_whole)
