@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from dgl_jax.losses import LossFn, logits_of
-from dgl_jax.models.equal_layers import equal_layers, scan_layers, stack, unstack
-from dgl_jax.models.network import apply_module, init_module
+from dgl_jax.models.equal_layers import Runs, equal_layers, scan_layers, stack, unstack
+from dgl_jax.models.network import apply_module, init_module, output_shape
 from dgl_jax.types import BlockState, Params, StepOutput
 
 # The head of a block is keyed apart from its layers. Keys go by the layer's place in the
@@ -36,7 +36,8 @@ class Block:
         learns from a gradient that comes from above.
       loss_fn: maps the head's output and the labels to a scalar.
       classifies: whether the head's output has logits.
-      scan_layers: whether runs of equal layers are loops, which compile faster.
+      scan_layers: whether runs of equal layers are loops, which compile faster. The state of such
+        a run is one tree, whose leaves are its layers' stacked.
       remat: whether the backward pass computes each layer again from its input, instead of
         keeping what is inside it: less memory, more time. Runs of equal layers are loops then too:
         outside of loops XLA's CPU compiler undoes it.
@@ -74,11 +75,15 @@ def init_block_state(
       ((4, 3), (3, 2))
     """
     layer_params, layer_stats = [], []
-    for place, layer in enumerate(block.layers, start=block.first_layer):
-        params, stats = init_module(layer, jax.random.fold_in(key, place), x)
-        x, _ = apply_module(layer, params, stats, x, train=False)
+    for first, end in _runs(block, x, has_loops=block.scan_layers):
+        init = lambda place, x=x, layer=block.layers[first]: init_module(
+            layer, jax.random.fold_in(key, block.first_layer + place), x
+        )
+        is_loop = end > first + 1
+        params, stats = jax.lax.map(init, jnp.arange(first, end)) if is_loop else init(first)
         layer_params.append(params)
         layer_stats.append(stats)
+        x = jnp.zeros_like(output_shape(block.layers[first], x))
     last_layer = block.first_layer + len(block.layers) - 1
     head_params, head_stats = (
         ({}, {}) if block.head is None else init_module(block.head, head_key(key, last_layer), x)
@@ -154,9 +159,7 @@ def forward_layers(
     """
     places = range(len(block.layers))
     keys = [None if key is None else jax.random.fold_in(key, place) for place in places]
-    runs = [(place, place + 1) for place in places]
-    if block.scan_layers or block.remat:
-        runs = equal_layers(block.layers, params, batch_stats, x)
+    runs = _runs(block, x, has_loops=block.scan_layers or block.remat)
 
     def run_layer(place, x, layer):
         params, stats, key = layer
@@ -164,9 +167,19 @@ def forward_layers(
 
     if block.remat:
         run_layer = jax.checkpoint(run_layer, static_argnums=0)
-    layers = stack(runs, list(zip(params, batch_stats, keys, strict=True)))
+    if not block.scan_layers:
+        params, batch_stats = stack(runs, params), stack(runs, batch_stats)
+    layers = list(zip(params, batch_stats, stack(runs, keys), strict=True))
     x, after = scan_layers(runs, run_layer, x, layers)
-    return x, tuple(unstack(runs, after))
+    return x, tuple(after if block.scan_layers else unstack(runs, after))
+
+
+def _runs(block: Block, x: jax.Array, *, has_loops: bool) -> Runs:
+    return (
+        equal_layers(block.layers, x)
+        if has_loops
+        else [(k, k + 1) for k in range(len(block.layers))]
+    )
 
 
 def make_block_step(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgl_jax.block import Block, make_block_feed
-from dgl_jax.models.network import Network, apply_module, init_module
+from dgl_jax.models.network import Network, apply_module, init_module, output_shape
 from dgl_jax.pipeline import block_program
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.transfer import fetch, is_local, move, place, stand_in
@@ -136,7 +136,7 @@ def layer_and_head_costs(
     layer_costs, head_costs = [], []
     for layer, head in zip(network.layers, (*auxiliary_head, network.head), strict=True):
         layer_costs.append(measure(layer, x))
-        x = _output_shape(layer, x)
+        x = output_shape(layer, x)
         head_costs.append(0.0 if head is None else measure(head, x))
     return layer_costs, head_costs
 
@@ -193,12 +193,6 @@ def _variables(module: Any, x: jax.ShapeDtypeStruct) -> tuple[Any, Any]:
     return jax.eval_shape(
         lambda: init_module(module, jax.random.key(0), jnp.zeros(x.shape, x.dtype))
     )
-
-
-def _output_shape(module: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    params, batch_stats = _variables(module, x)
-    run = lambda p, s, x: apply_module(module, p, s, x, train=False)[0]
-    return jax.eval_shape(run, params, batch_stats, x)
 
 
 def _module_cost(module: Any, x: jax.ShapeDtypeStruct) -> tuple[float, int, jax.ShapeDtypeStruct]:

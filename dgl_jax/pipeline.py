@@ -130,8 +130,7 @@ def block_program(
     """
     recorder = trace.recorder() if traced else None
     donate_argnums = () if recorder else donate_argnums
-    if len(placement.devices) > 1:
-        fn = whole_batch()(fn)
+    fn = for_devices(fn, placement)
     program = jax.jit(fn, out_shardings=out_shardings, donate_argnums=donate_argnums)
     if is_local(placement.state):
         if inputs is not None:
@@ -155,6 +154,11 @@ def block_program(
         return known[shapes]
 
     return absent
+
+
+def for_devices(fn: Callable[..., Any], placement: BlockPlacement) -> Callable[..., Any]:
+    """``fn``, traced so that it suits a batch that is split over the devices, if there are several."""
+    return whole_batch()(fn) if len(placement.devices) > 1 else fn
 
 
 def one_for_equal_blocks(

@@ -47,7 +47,8 @@ class BlockState:
 
     Attributes:
       step: int32 scalar, the number of updates made.
-      params: {"layers": (one tree a layer, ...), "head": tree}.
+      params: {"layers": (one tree a layer, ...), "head": tree}; of a block with loops over equal
+        layers, one tree a loop.
       batch_stats: the same structure, BatchNorm's running statistics.
       opt_state: the state of the block's own optax transformation.
     """

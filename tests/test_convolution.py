@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from dgl_jax import cost
 from dgl_jax.models import winograd
-from dgl_jax.models.convolution import conv_general_dilated
+from dgl_jax.models.convolution import conv_general_dilated, whole_batch
 from dgl_jax.models.layers import Conv, max_pool_2x2
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -102,6 +103,23 @@ def test_weight_gradient_over_parts_of_the_batch(batch_size):
     x, kernel = jnp.ones(x_shape), jnp.ones(kernel_shape)
     program = _primitives(conv_general_dilated, x, kernel, (2, 2), "SAME", dimension_numbers=NHWC)
     assert ("while" in program or "scan" in program) == (batch_size == 24)
+
+
+def test_a_whole_batch_takes_no_loop_and_all_its_flops_are_counted():
+    x, kernel = jnp.ones((32, 32, 32, 16)), jnp.ones((3, 3, 16, 16))
+    weight_gradient = jax.grad(
+        lambda kernel: conv_general_dilated(
+            x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=NHWC
+        ).sum()
+    )
+    whole = whole_batch()(weight_gradient)
+    loops = [str(jax.make_jaxpr(fn)(kernel)).count("scan[") for fn in (weight_gradient, whole)]
+    assert loops == [1, 0]
+    np.testing.assert_allclose(weight_gradient(kernel), whole(kernel), rtol=1e-5)
+    # One convolution, without what the padding's zeros would be multiplied with.
+    expected = 2 * 32 * (3 * 32 - 2) ** 2 * 16 * 16
+    assert cost.flops(whole, kernel) == pytest.approx(expected, rel=0.02)
+    assert cost.flops(weight_gradient, kernel) < 0.7 * expected
 
 
 def test_winograds_weight_gradient_to_second_order():

@@ -12,18 +12,21 @@ import jax
 import numpy as np
 import optax
 import pytest
+from conftest import SmallHead
 
+from dgl_jax.block import init_block_state, make_block_step
 from dgl_jax.config import Config, LossConfig, OptimizerConfig, PlacementConfig
 from dgl_jax.distributed import free_port
 from dgl_jax.errors import UserError
 from dgl_jax.losses import cross_entropy, make_loss_fn
 from dgl_jax.methods import METHODS
-from dgl_jax.models.network import apply_module
+from dgl_jax.models.layers import ConvBNReLU
+from dgl_jax.models.network import Network, apply_module
 from dgl_jax.optim import make_optimizer
-from dgl_jax.pipeline import bound_in_flight, init_states, steps_in_flight
+from dgl_jax.pipeline import bound_in_flight, for_devices, init_states, steps_in_flight
 from dgl_jax.placement import make_placements
 from dgl_jax.transfer import move
-from dgl_jax.types import TrainState
+from dgl_jax.types import Batch, TrainState
 
 _OPTIMIZER = OptimizerConfig(learning_rate=0.05, schedule="constant")
 
@@ -87,6 +90,29 @@ def test_data_parallel_equals_one_device(
     placement = PlacementConfig(kind=kind, num_devices=num_devices, data_parallel=data_parallel)
     losses, _, _ = _train("dgl", dgl, placement, small_batches)
     np.testing.assert_allclose(losses, fused[0], rtol=1e-5)
+
+
+def test_a_split_batch_sums_its_weight_gradients_once():
+    """In parts, as one device has them for its cache's sake, each would be summed over devices."""
+    network = Network("convolutions", [ConvBNReLU(16), ConvBNReLU(16)], SmallHead())
+    blocks = METHODS["dgl"].make_blocks(network, (0,), SmallHead(), make_loss_fn(LossConfig()))
+    optimizer = make_optimizer(_OPTIMIZER, num_steps=20, steps_per_epoch=5)
+    rng = np.random.default_rng(0)
+    images, labels = rng.standard_normal((32, 32, 32, 8), np.float32), np.arange(32) % 4
+    batches = [Batch(images, labels.astype(np.int32))]
+    states = {}
+    for num_devices in (1, 2):
+        config = PlacementConfig(data_parallel=num_devices, num_devices=num_devices)
+        placement = make_placements(config, len(blocks))[0]
+        step = for_devices(make_block_step(blocks[0], optimizer), placement)
+        init = lambda key: init_block_state(blocks[0], optimizer, key, images)
+        state = jax.eval_shape(init, jax.random.key(0))
+        program = jax.make_jaxpr(step)(state, images, batches[0].labels, jax.random.key(0))
+        assert ("scan[" in str(program)) == (num_devices == 1)
+        _, states[num_devices], _ = _train("dgl", blocks, config, batches)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *states.values()
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from dgl_jax.pipeline import (
     Runner,
     activation_shapes,
     bound_in_flight,
+    for_devices,
     make_logits,
     one_for_equal_blocks,
 )
@@ -181,7 +182,7 @@ def make_runner(
     @functools.cache
     def program(block: int, operation: str) -> Turn:
         return jax.jit(
-            turns(operation)[block],
+            for_devices(turns(operation)[block], placements[block]),
             donate_argnums=(0, 1),
             out_shardings=(
                 placement.state,

@@ -22,7 +22,7 @@ from dgl_jax.losses import LossFn, logits_of
 from dgl_jax.methods import dgl
 from dgl_jax.methods.method import Method, both_ways_bytes
 from dgl_jax.models.network import Network, apply_module
-from dgl_jax.pipeline import Runner, bound_in_flight, make_logits
+from dgl_jax.pipeline import Runner, bound_in_flight, for_devices, make_logits
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.types import Batch, BlockState, Metrics, TrainState
 
@@ -196,6 +196,7 @@ def make_runner(
     """All blocks in one program on one mesh; the arguments are `make_fused_runner`'s."""
     where = placements[0].state
     step = make_step(blocks, optimizer, log_gradient_norm=config.train.log_gradient_norm)
+    step = for_devices(step, placements[0])
     program = jax.jit(step, donate_argnums=0, out_shardings=where)
     key = jax.device_put(key, where)
 

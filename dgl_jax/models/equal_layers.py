@@ -11,39 +11,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dgl_jax.models.network import apply_module
-from dgl_jax.types import Params
+from dgl_jax.models.network import output_shape
 
 Runs = list[tuple[int, int]]
 
 
-def equal_layers(
-    layers: Sequence[Any],
-    params: Sequence[Params],
-    batch_stats: Sequence[Params],
-    x: jax.Array,
-    others: Sequence[Any] | None = None,
-) -> Runs:
-    """The longest runs.
+def equal_layers(layers: Sequence[Any], x: jax.Array, others: Sequence[Any] | None = None) -> Runs:
+    """The longest runs: of equal modules, whose inputs and outputs are all of one shape.
 
     Args:
       layers: flax modules, one after another.
-      params: theirs.
-      batch_stats: theirs.
       x: the first one's input, an array or its shape.
       others: trees of one a layer, whose shapes must be equal too in a run.
     """
-    trees = list(zip(params, batch_stats, others or (None,) * len(layers), strict=True))
+    others = others or (None,) * len(layers)
 
     def kind(place):
-        return layers[place], jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), trees[place])
+        return layers[place], jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), others[place])
 
     runs, first = [], 0
     while first < len(layers):
-        y = jax.eval_shape(
-            lambda p, s, x, layer=layers[first]: apply_module(layer, p, s, x, train=False)[0],
-            *(params[first], batch_stats[first], x),
-        )
+        y = output_shape(layers[first], x)
         end = first + 1
         if (x.shape, x.dtype) == (y.shape, y.dtype):
             while end < len(layers) and is_equal(kind(end), kind(first)):

@@ -96,3 +96,13 @@ def apply_module(
         return module.apply(variables, x, **inputs), batch_stats
     y, updated = module.apply(variables, x, **inputs, rngs=rngs, mutable=["batch_stats"])
     return y, updated.get("batch_stats", batch_stats)
+
+
+def output_shape(module: nn.Module, x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """That of a module's output in evaluation mode; nothing is computed."""
+
+    def output(x):
+        params, batch_stats = init_module(module, jax.random.key(0), x)
+        return apply_module(module, params, batch_stats, x, train=False)[0]
+
+    return jax.eval_shape(output, x)

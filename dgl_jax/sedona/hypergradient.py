@@ -203,7 +203,7 @@ def _displaced_losses(
     Returns:
       The two sums, and as `blended_gradient` the statistics and losses without displacement.
     """
-    runs = layer_runs(network, params, batch_stats, batch.images)
+    runs = layer_runs(network, params, batch.images)
     layers = layer_inputs(network, params, batch_stats, decisions, key)
     directions = [
         (direction["layers"][place], head_part(direction, place)) for place in range(len(layers))

@@ -62,7 +62,7 @@ def blended_gradient(
     Deviation: the released code takes one gradient of a nested sum of losses and divides each
       layer's by the product of the weights above it, which is the same but where that is 0.
     """
-    runs = layer_runs(network, params, batch_stats, batch.images)
+    runs = layer_runs(network, params, batch.images)
     layers = layer_inputs(network, params, batch_stats, decisions, key)
 
     def forward(place, h, layer):
@@ -164,13 +164,11 @@ def layer_functions(
     return run_layer, local_loss
 
 
-def layer_runs(network: RelaxedNetwork, params: Params, batch_stats: Params, x: jax.Array) -> Runs:
+def layer_runs(network: RelaxedNetwork, params: Params, x: jax.Array) -> Runs:
     """`equal_layers`, whose heads are equal too. The last layer, whose head is another, is alone."""
     last = len(network.layers) - 1
     heads = [head_part(params, place) for place in range(last)]
-    layers = (network.layers, params["layers"], batch_stats["layers"])
-    runs = equal_layers(*(part[:last] for part in layers), x, heads)
-    return [*runs, (last, last + 1)]
+    return [*equal_layers(network.layers[:last], x, heads), (last, last + 1)]
 
 
 def mixed_loss(losses: jax.Array, decisions: Decisions) -> jax.Array:
