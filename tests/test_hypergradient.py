@@ -399,7 +399,7 @@ def test_a_gradient_scaled_on_its_way_has_the_same_value_and_a_wrong_derivative(
 
 def test_equal_layers_are_one_loop_and_remat_changes_nothing(smooth, computed):
     state, x = smooth.state, smooth.batches[0].images
-    runs = layer_runs(smooth.network, state.params, state.batch_stats, x)
+    runs = layer_runs(smooth.network, state.params, x)
     assert runs == [(0, 3), (3, 4)]
     kept = _compute(smooth, ESTIMATORS["unrolled"], 2, remat=False)
     assert _error(kept, computed("unrolled", 2)) < 1e-10
