@@ -14,7 +14,7 @@ import optax
 
 from dgl_jax.losses import LossFn, logits_of
 from dgl_jax.models.equal_layers import Runs, equal_layers, scan_layers, stack, unstack
-from dgl_jax.models.network import apply_module, init_module, output_shape
+from dgl_jax.models.network import apply_module, init_module
 from dgl_jax.types import BlockState, Params, StepOutput
 
 # The head of a block is keyed apart from its layers. Keys go by the layer's place in the
@@ -79,11 +79,13 @@ def init_block_state(
         init = lambda place, x=x, layer=block.layers[first]: init_module(
             layer, jax.random.fold_in(key, block.first_layer + place), x
         )
-        is_loop = end > first + 1
-        params, stats = jax.lax.map(init, jnp.arange(first, end)) if is_loop else init(first)
+        if end > first + 1:  # Its outputs are of its inputs' shape.
+            params, stats = jax.lax.map(init, jnp.arange(first, end))
+        else:
+            params, stats = init(first)
+            x, _ = apply_module(block.layers[first], params, stats, x, train=False)
         layer_params.append(params)
         layer_stats.append(stats)
-        x = jnp.zeros_like(output_shape(block.layers[first], x))
     last_layer = block.first_layer + len(block.layers) - 1
     head_params, head_stats = (
         ({}, {}) if block.head is None else init_module(block.head, head_key(key, last_layer), x)

@@ -5,10 +5,12 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dgl_jax.config import Config, check_same_run
+
+GRACE_S = 10  # To end by itself.
 
 
 def finished_summary(config: Config, folder: str) -> dict[str, Any] | None:
@@ -66,3 +68,16 @@ def result_of(process: subprocess.Popen, folder: str) -> tuple[dict[str, Any] | 
         lines.append(f"killed by signal {-code}")
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return None, (errors or lines or [f"exit code {code}"])[-1]
+
+
+def end(processes: Sequence[subprocess.Popen]) -> None:
+    """Ends those that still run: asked first, killed after `GRACE_S` seconds."""
+    for stop in (subprocess.Popen.terminate, subprocess.Popen.kill):
+        for process in processes:
+            if process.poll() is None:
+                stop(process)
+        for process in processes:
+            try:
+                process.wait(timeout=GRACE_S)
+            except subprocess.TimeoutExpired:
+                pass

@@ -19,9 +19,9 @@ from absl import flags
 
 from dgl_jax.distributed import free_port
 from dgl_jax.errors import UserError
+from dgl_jax.processes import GRACE_S, end
 
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many.", lower_bound=1)
-_GRACE_S = 10
 
 
 def main(script: list[str]) -> None:
@@ -72,27 +72,15 @@ def main(script: list[str]) -> None:
     except KeyboardInterrupt:
         failed.append((None, 128 + signal.SIGINT))
     finally:
-        _end(processes)
+        end(processes)
         for thread in threads:
-            thread.join(timeout=_GRACE_S)
+            thread.join(timeout=GRACE_S)
     if failed:
         process_id, code = failed[0]
         if process_id is not None:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             print(f"error: process {process_id} {how}; the others were ended", file=sys.stderr)
         sys.exit(128 - code if code < 0 else code)
-
-
-def _end(processes: list[subprocess.Popen]) -> None:
-    for stop in (subprocess.Popen.terminate, subprocess.Popen.kill):
-        for process in processes:
-            if process.poll() is None:
-                stop(process)
-        for process in processes:
-            try:
-                process.wait(timeout=_GRACE_S)
-            except subprocess.TimeoutExpired:
-                pass
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ same command goes on with it from its last checkpoint. A run that fails makes th
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from tqdm import auto as tqdm
 from worth import Candidate, folder_name, of_the_papers, of_the_user, rank
 
 from dgl_jax.errors import UserError
-from dgl_jax.processes import result_of, start_training
+from dgl_jax.processes import end, result_of, start_training
 from dgl_jax.tables import markdown
 
 _RUNS = flags.DEFINE_string(
@@ -89,11 +88,13 @@ def run_all(root: pathlib.Path, candidates: Sequence[Candidate]) -> list[str]:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction)
     cores = sorted(os.sched_getaffinity(0)) if _AT_ONCE.value > 1 else []
     cores_of = [cores[place :: _AT_ONCE.value] or cores for place in range(_AT_ONCE.value)]
-    end = time.monotonic() + (60 * _MINUTES.value if _MINUTES.value is not None else float("inf"))
+    deadline = time.monotonic() + (
+        60 * _MINUTES.value if _MINUTES.value is not None else float("inf")
+    )
     waiting, running, failures = list(reversed(candidates)), {}, []
     bar = tqdm.tqdm(total=len(candidates), unit="run", disable=None)
     try:
-        while (waiting or running) and time.monotonic() < end:
+        while (waiting or running) and time.monotonic() < deadline:
             for place, own in enumerate(cores_of):
                 if place in running or not waiting:
                     continue
@@ -122,18 +123,11 @@ def run_all(root: pathlib.Path, candidates: Sequence[Candidate]) -> list[str]:
                 if summary is None:
                     failures.append(line)
     finally:
-        _stop([process for process, _ in running.values()])
+        end([process for process, _ in running.values()])
         bar.close()
     if waiting or running:
         print(f"the time is over: {len(waiting) + len(running)} runs are left")
     return failures
-
-
-def _stop(processes: Sequence[subprocess.Popen]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.wait()
 
 
 def _table(candidates: Sequence[Candidate]) -> str:

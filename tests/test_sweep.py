@@ -123,15 +123,10 @@ def _sweep(tmp_path, *arguments):
 
 
 @pytest.mark.slow
-def test_runs_from_the_command_line(tmp_path):
-    rng = np.random.default_rng(0)
-    y = np.arange(72) % 4
-    x = (rng.integers(0, 60, (72, 8, 8)) + 40 * y[:, None, None]).astype(np.uint8)
-    data = str(tmp_path / "arrays.npz")
-    np.savez(data, x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
+def test_runs_from_the_command_line(tmp_path, arrays_path):
     quickstart = str(_ROOT / "experiments" / "configs" / "quickstart.py")
     mine = tmp_path / "mine.py"
-    mine.write_text(_CONFIG.format(quickstart=quickstart, data=data))
+    mine.write_text(_CONFIG.format(quickstart=quickstart, data=arrays_path))
 
     good = (f"--configuration={mine}", "--seeds=2")
     result = _sweep(tmp_path, *good, "--dry_run")
