@@ -56,6 +56,8 @@ def test_defaults_round_trip():
         ({"partition__cuts": (1,)}, "set config.partition.strategy=explicit"),
         ({"optimizer__drop_epochs": (30.0, 15.0)}, "strictly increasing"),
         ({"placement__num_devices": 4}, "a fused run uses"),
+        ({"placement__one_after_another": True, "placement__kind": "pipelined"},
+         "one_after_another=True is for config.placement.kind=fused, not pipelined"),
         ({"placement__num_devices": 3, "placement__data_parallel": 2}, "must be a multiple"),
         ({"train__num_epochs": float("inf")}, "num_epochs=inf must be a finite number"),
         ({"partition__num_blocks": 9}, "num_blocks=9 is not used with .*per_layer"),

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import to_float64
 
@@ -151,6 +152,34 @@ def test_remat_needs_less_memory(small_head):
         return program.memory_analysis().temp_size_in_bytes
 
     assert temporaries(remat=True) < 0.5 * temporaries()
+
+
+def test_one_after_another_needs_less_memory_and_changes_no_number(small_head):
+    """Nor when a block's update is lost: the next one's loss is of activations from before it."""
+    blocks = _blocks(small_head, (8,) * 8, (1, 3, 5))
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (32, 16, 16, 8))
+    batch, keys = Batch(x, jnp.arange(32) % 4), [block_key(key, block) for block in blocks]
+
+    def run(learning_rate, **how):
+        optimizer = optax.sgd(learning_rate)
+        states = tuple(init_block_state(block, optimizer, key, x) for block in blocks)
+        step = make_fused_step(
+            blocks, optimizer, [(block.index, UPDATE) for block in blocks], **how
+        )
+        program = jax.jit(step).lower(states, batch, keys).compile()
+        temporaries = program.memory_analysis().temp_size_in_bytes
+        return temporaries, jax.device_get(program(states, batch, keys))
+
+    (at_once, expected), (in_turn, result) = run(0.1), run(0.1, one_after_another=True)
+    assert in_turn < 0.8 * at_once
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, result
+    )
+    _, (states, metrics) = run(np.nan, one_after_another=True)
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(states[0].params))
+    losses = lambda metrics: [metrics[k]["loss"] for k in range(len(blocks))]
+    np.testing.assert_allclose(losses(metrics), losses(expected[1]), rtol=1e-5)
 
 
 def _runner(name, blocks, config, image_shape, key):

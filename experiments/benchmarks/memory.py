@@ -1,6 +1,7 @@
 """`benchmark.py memory`: what a fused step of DGL needs beside backprop's, from the compiler.
 
 Nothing is run: the programs are compiled, and XLA says how many bytes of temporaries each has.
+Blocks run one after another (config.placement.one_after_another).
 """
 
 import functools
@@ -76,7 +77,7 @@ def _measure(config: Config) -> dict[str, Any]:
     states, inputs = zip(*given, strict=True)
     operations = [(block.index, UPDATE) for block in blocks]
     keys = [key] * len(blocks)
-    fused_step = make_fused_step(blocks, optimizer, operations)
+    fused_step = make_fused_step(blocks, optimizer, operations, one_after_another=True)
     fused = _analysis(fused_step, states, Batch(inputs[0], labels), keys)
     if len(blocks) == 1:
         alone = [fused]
@@ -137,7 +138,7 @@ def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:
     title = f"Memory of a step: batches of {content['batch_size']}, {content['image_size']} pixels"
     notes = (
         f"{content['device']}, {setting.on_what(content)}. Temporaries: XLA's own plan of the "
-        "compiled fused step, without parameters, statistics and the optimizer's state. Images: "
+        "compiled fused step, its blocks one after another, without parameters, statistics and the optimizer's state. Images: "
         "as many as fit beside those, if all temporaries grew with the batch (gradients do not: with "
         "more images in memory they count for less). With remat, equal layers are loops. Largest block alone: "
         "the temporaries of the program of that block only. Balanced: cuts by "

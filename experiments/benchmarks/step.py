@@ -49,6 +49,9 @@ _FORM = flags.DEFINE_enum(
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "step: of computing.")
 _SCAN_LAYERS = flags.DEFINE_bool("scan_layers", False, "step: runs of equal layers are loops.")
+_ONE_AFTER_ANOTHER = flags.DEFINE_bool(
+    "one_after_another", False, "step: blocks do not overlap (config.placement.one_after_another)."
+)
 _STEPS_PER_CALL = flags.DEFINE_integer("steps_per_call", 1, "step: of one program.", 1)
 _TORCH = flags.DEFINE_bool("torch", False, "step: the same in PyTorch.")
 _COMPILE = flags.DEFINE_bool("torch_compile", False, "step: PyTorch by torch.compile.")
@@ -72,6 +75,7 @@ def step(folder: pathlib.Path) -> list[str]:
         "dtype": _DTYPE.value,
         "steps_per_call": _STEPS_PER_CALL.value,
         "scan_layers": _SCAN_LAYERS.value,
+        "one_after_another": _ONE_AFTER_ANOTHER.value,
         "device": jax.devices()[0].device_kind,
         "matrix_flops_per_second": _matrix_flops_per_second(),
         "rows": [],
@@ -192,6 +196,7 @@ def variant_config(
     given.network.name, given.network.width_factor = name, width_factor
     given.network.form, given.network.dtype = _FORM.value, _DTYPE.value
     given.network.scan_layers = _SCAN_LAYERS.value
+    given.placement.one_after_another = _ONE_AFTER_ANOTHER.value
     given.auxiliary.name = "mlp_sr"
     given.train.batch_size = setting.BATCH_SIZE.value
     given.train.steps_per_call = _STEPS_PER_CALL.value
