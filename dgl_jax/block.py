@@ -14,7 +14,7 @@ import optax
 
 from dgl_jax.losses import LossFn, logits_of
 from dgl_jax.models.equal_layers import Runs, equal_layers, scan_layers, stack, unstack
-from dgl_jax.models.network import apply_module, init_module
+from dgl_jax.models.network import apply_module, init_module, output_shape
 from dgl_jax.types import BlockState, Params, StepOutput
 
 # The head of a block is keyed apart from its layers. Keys go by the layer's place in the
@@ -83,7 +83,8 @@ def init_block_state(
             params, stats = jax.lax.map(init, jnp.arange(first, end))
         else:
             params, stats = init(first)
-            x, _ = apply_module(block.layers[first], params, stats, x, train=False)
+            y = output_shape(block.layers[first], x)
+            x = jnp.zeros(y.shape, y.dtype)
         layer_params.append(params)
         layer_stats.append(stats)
     last_layer = block.first_layer + len(block.layers) - 1

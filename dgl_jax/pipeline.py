@@ -27,6 +27,7 @@ from dgl_jax.block import (
 from dgl_jax.config import Config, PlacementConfig
 from dgl_jax.models.convolution import whole_batch
 from dgl_jax.models.equal_layers import is_equal
+from dgl_jax.models.network import output_shape
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.schedule import FEED, UPDATE, Task
 from dgl_jax.transfer import announce, is_local, move, place, stand_in
@@ -98,7 +99,8 @@ def init_states(
 
         init = block_program(init, placement, placement.state)
         states.append(init(place(key, placement.state)))
-        shape = jax.eval_shape(make_block_feed(block), states[-1], shape)
+        for layer in block.layers:
+            shape = output_shape(layer, shape)
     return tuple(states)
 
 

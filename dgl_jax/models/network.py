@@ -5,6 +5,7 @@ handed to `init_module` and `apply_module`.
 """
 
 import dataclasses
+import functools
 import inspect
 
 import flax.linen as nn
@@ -100,9 +101,20 @@ def apply_module(
 
 def output_shape(module: nn.Module, x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """That of a module's output in evaluation mode; nothing is computed."""
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    try:
+        hash(module)
+    except TypeError:  # It has arrays for attributes.
+        return _output_shape(module, shape)
+    return _known_output_shape(module, shape)
 
+
+def _output_shape(module: nn.Module, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     def output(x):
         params, batch_stats = init_module(module, jax.random.key(0), x)
         return apply_module(module, params, batch_stats, x, train=False)[0]
 
     return jax.eval_shape(output, x)
+
+
+_known_output_shape = functools.lru_cache(maxsize=1024)(_output_shape)

@@ -113,7 +113,7 @@ def memory_table(content: dict[str, Any]) -> str:
             if (r["network"], r["variant"]) == (row["network"], "backprop")
         )
         images, base_images = (
-            (budget - r["argument_bytes"]) / r["temp_bytes"] * content["batch_size"]
+            max(0, budget - r["argument_bytes"]) / r["temp_bytes"] * content["batch_size"]
             for r in (row, base)
         )
         largest = max(row["block_temp_bytes"])
