@@ -110,11 +110,8 @@ def output_shape(module: nn.Module, x: jax.Array | jax.ShapeDtypeStruct) -> jax.
 
 
 def _output_shape(module: nn.Module, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    def output(x):
-        params, batch_stats = init_module(module, jax.random.key(0), x)
-        return apply_module(module, params, batch_stats, x, train=False)[0]
-
-    return jax.eval_shape(output, x)
+    init = lambda x: module.init_with_output(jax.random.key(0), x, **train_argument(module, False))
+    return jax.eval_shape(init, x)[0]
 
 
 _known_output_shape = functools.lru_cache(maxsize=1024)(_output_shape)
