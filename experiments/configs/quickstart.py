@@ -4,8 +4,8 @@
         --workdir=runs/quickstart
 
 A four-layer network of the learning curves (Figures 3 and 4) at a quarter of its width, with
-MLP-aux heads. About a minute on two CPU cores. Seen there: test accuracy by block 81.00,
-87.75, 88.55, 88.25 %; backprop (--config.method.name=backprop) on the same budget 89.45 %.
+MLP-aux heads. About a minute on two CPU cores. Seen there: test accuracy by block 80.95,
+87.60, 88.35, 87.80 %; backprop (--config.method.name=backprop) on the same budget 89.40 %.
 """
 
 from dgl_jax.config import default_config
