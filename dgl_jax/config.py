@@ -161,8 +161,8 @@ class PlacementConfig:
 
     # fused: one program for all blocks. pipelined: one program and one mesh a block.
     kind: str = "fused"
-    # Fused: a block waits until the one before has made its update, which takes the least memory;
-    # else the compiler may run blocks at once.
+    # Fused dgl: a block waits until the one before has made its update, which takes the least
+    # memory; else the compiler may run blocks at once.
     one_after_another: bool = False
     # Devices to use; 0 for one (fused) or as many as there are (pipelined).
     num_devices: int = 0
@@ -808,10 +808,10 @@ def _check_together(config: Config) -> None:
             f"config.placement.data_parallel={placement.data_parallel} devices; raise that, "
             "or set config.placement.kind=pipelined"
         )
-    if placement.one_after_another and placement.kind != "fused":
+    if placement.one_after_another and (config.method.name, placement.kind) != ("dgl", "fused"):
         raise UserError(
-            f"config.placement.one_after_another=True is for config.placement.kind=fused, not "
-            f"{placement.kind}; leave one of them out"
+            "config.placement.one_after_another=True is for config.method.name=dgl with "
+            "config.placement.kind=fused; leave it out"
         )
     _check_devices(config)
     by_number = ("uniform", "balanced", "from_search")

@@ -13,6 +13,7 @@ import optax
 import pytest
 from conftest import to_float64
 
+from dgl_jax import pipeline
 from dgl_jax.block import block_key, init_block_state
 from dgl_jax.config import Config, LossConfig, OptimizerConfig, PlacementConfig, ReplayConfig
 from dgl_jax.data import load_dataset
@@ -154,7 +155,7 @@ def test_remat_needs_less_memory(small_head):
     assert temporaries(remat=True) < 0.5 * temporaries()
 
 
-def test_one_after_another_needs_less_memory_and_changes_no_number(small_head):
+def test_one_after_another_needs_less_memory(small_head):
     """Nor when a block's update is lost: the next one's loss is of activations from before it."""
     blocks = _blocks(small_head, (8,) * 8, (1, 3, 5))
     key = jax.random.key(0)
@@ -214,9 +215,12 @@ def test_equal_blocks_on_the_same_devices_share_a_program(
     assert len(programs) == num_programs
 
 
-def test_many_steps_as_one_program(small_head, arrays_path):
-    """The same numbers as step by step, batches and all; also after the epoch's order changes."""
-    config = Config()
+def test_many_steps_as_one_program(small_head, arrays_path, monkeypatch):
+    """The same numbers as step by step, batches and all; also after the epoch's order changes, and
+    with blocks one after another."""
+    waits, after = [], pipeline._after
+    monkeypatch.setattr(pipeline, "_after", lambda *args: waits.append(None) or after(*args))
+    at_once, in_turn = Config(), Config(placement=PlacementConfig(one_after_another=True))
     blocks = _blocks(small_head, (3, 4, 4), (0, 1))
     with jax.enable_x64(True):
         data = load_dataset(
@@ -228,10 +232,12 @@ def test_many_steps_as_one_program(small_head, arrays_path):
             crop_padding=1,
         )
         key = jax.random.key(0)
-        schedule = METHODS["dgl"].make_schedule(config, len(blocks), 20, data.steps_per_epoch)
+        schedule = METHODS["dgl"].make_schedule(at_once, len(blocks), 20, data.steps_per_epoch)
         turns = list(schedule.tasks(0))
         results = []
-        for calls in ([1] * 20, [5, 5, 1, 4, 5]):
+        several = [5, 5, 1, 4, 5]
+        for config, calls in ((at_once, [1] * 20), (at_once, several), (in_turn, several)):
+            assert not waits
             runner, state, _ = _runner("dgl", blocks, config, data.image_shape, key)
             state, losses, step = state.replace(blocks=to_float64(state.blocks)), [], 0
             for size in calls:
@@ -243,8 +249,11 @@ def test_many_steps_as_one_program(small_head, arrays_path):
                 assert losses[-1].shape == (3, size)
                 step += size
             results.append((jax.device_get(state.blocks), np.concatenate(losses, axis=1)))
-    assert data.steps_per_epoch == 10
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), *results)
+    assert data.steps_per_epoch == 10 and waits
+    for result in results[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), results[0], result
+        )
 
 
 @pytest.mark.parametrize("name, num_blocks", [("dgl", 2), ("sequential", 3)])

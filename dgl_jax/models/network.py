@@ -5,7 +5,6 @@ handed to `init_module` and `apply_module`.
 """
 
 import dataclasses
-import functools
 import inspect
 
 import flax.linen as nn
@@ -100,18 +99,20 @@ def apply_module(
 
 
 def output_shape(module: nn.Module, x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """That of a module's output in evaluation mode; nothing is computed."""
+    """That of a module's output while it is initialised; nothing is computed.
+
+    It is found once for all modules that are equal, which must compute the same.
+    """
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     try:
         hash(module)
-    except TypeError:  # It has arrays for attributes.
-        return _output_shape(module, shape)
-    return _known_output_shape(module, shape)
+    except TypeError:  # It has lists or arrays for attributes.
+        return jax.eval_shape(lambda x: _first_output(module, x), shape)
+    return _cached_first_output.eval_shape(module, shape)
 
 
-def _output_shape(module: nn.Module, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    init = lambda x: module.init_with_output(jax.random.key(0), x, **train_argument(module, False))
-    return jax.eval_shape(init, x)[0]
+def _first_output(module: nn.Module, x: jax.Array) -> jax.Array:
+    return module.init_with_output(jax.random.key(0), x, **train_argument(module, False))[0]
 
 
-_known_output_shape = functools.lru_cache(maxsize=1024)(_output_shape)
+_cached_first_output = jax.jit(_first_output, static_argnums=0)

@@ -102,6 +102,8 @@ def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:
         f"a product of {_MATRIX_SIZE} x {_MATRIX_SIZE} matrices reached "
         f"{rate:.0f} GFLOP/s in the same dtype."
     )
+    if content["one_after_another"]:
+        notes += " DGL's blocks one after another."
     setting.write(folder, "step", content, title, [table, notes])
 
 
@@ -196,7 +198,7 @@ def variant_config(
     given.network.name, given.network.width_factor = name, width_factor
     given.network.form, given.network.dtype = _FORM.value, _DTYPE.value
     given.network.scan_layers = _SCAN_LAYERS.value
-    given.placement.one_after_another = _ONE_AFTER_ANOTHER.value
+    given.placement.one_after_another = _ONE_AFTER_ANOTHER.value and blocks != "1"
     given.auxiliary.name = "mlp_sr"
     given.train.batch_size = setting.BATCH_SIZE.value
     given.train.steps_per_call = _STEPS_PER_CALL.value
