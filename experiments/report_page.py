@@ -152,14 +152,14 @@ def page(content: Mapping[str, Any], pictures: Mapping[str, Any]) -> list[tuple[
         [
             claim["verdict"],
             claim["sentence"],
+            "; ".join(_at_reduced(s, found) for s, found in claim["reduced"].items()) or "-",
             f"{claim['paper']}, {claim['item']}",
             _compared(claim["comparisons"]),
-            "; ".join(f"{s}: {found['verdict']}" for s, found in claim["reduced"].items()) or "-",
         ]
         for claim in content["claims"]
     ]
-    header = ["verdict", "claim", "from", "difference ± twice its standard error"]
-    header.append("at reduced settings")
+    header = ["verdict", "claim", "at reduced settings", "from"]
+    header.append("difference ± twice its standard error")
     parts = [
         ("h1", "What the papers report, and what was measured"),
         ("p", f"{count} were measured at the papers' own settings; the others say: not run."),
@@ -218,12 +218,27 @@ def _value(found: Mapping[str, Any]) -> str:
 
 
 def _compared(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    return "; ".join(
-        f"{one['rule']}: "
-        + ("" if one["error"] is None else f"{one['difference']:+.2f} ± {one['error']:.2f}, ")
-        + one["verdict"]
-        for one in comparisons
-    )
+    rules = []
+    for one in comparisons:
+        has_run = one["verdict"] != evidence.NOT_RUN
+        rules.append(
+            f"{one['rule']}: {_difference(one)}, {one['verdict']}" if has_run else one["rule"]
+        )
+    return "; ".join(rules)
+
+
+def _at_reduced(setting: str, claim: Mapping[str, Any]) -> str:
+    """The verdict, and the differences in the order of the claim's rules."""
+    if claim["verdict"] == evidence.NOT_RUN:
+        return f"{setting}: {claim['verdict']}"
+    differences = [_difference(one) for one in claim["comparisons"]]
+    return f"{setting}: {claim['verdict']} ({', '.join(differences)})"
+
+
+def _difference(one: Mapping[str, Any]) -> str:
+    if one["error"] is None:
+        return "-"
+    return f"{one['difference']:+.2f} ± {one['error']:.2f}"
 
 
 def to_markdown(parts: Sequence[tuple[str, Any]]) -> str:
