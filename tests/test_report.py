@@ -563,9 +563,9 @@ def _check_against_files(content, runs):
                 value = summary[row.quantity]
                 value = 100 * (value if isinstance(value, float) else value[row.block])
                 value = 100 - value if "error" in row.unit else value
-            assert run["value"] == pytest.approx(value)
+            assert run["value"] == pytest.approx(value, abs=1e-6)  # Six digits are kept.
             values.append(value)
-        assert found["mean"] == pytest.approx(np.mean(values))
+        assert found["mean"] == pytest.approx(np.mean(values), abs=1e-6)
         if len(values) > 1:
             assert found["deviation"] == pytest.approx(np.std(values, ddof=1), abs=1e-5)
         else:
