@@ -427,6 +427,9 @@ def make_heads(
     for name in names:
         if name not in AUXILIARY:
             raise UserError(f"{field}={name} is unknown; choose one of {', '.join(AUXILIARY)}")
+    for option in options:
+        if option not in OPTIONS:
+            raise UserError(f"auxiliary.{option} is unknown; choose from {', '.join(OPTIONS)}")
     has = {name: _options_of(name) for name in names}
     chosen = {option: value for option, value in options.items() if value != OPTIONS[option]}
     for option, value in chosen.items():

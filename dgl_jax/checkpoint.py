@@ -6,6 +6,7 @@ instant leaves the one before it untouched.
 
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from dgl_jax import distributed
 from dgl_jax.errors import UserError
 from dgl_jax.transfer import fetch, is_local
+from dgl_jax.types import BlockState
 
 
 def open_checkpointer(directory: str) -> ocp.training.Checkpointer:
@@ -143,6 +145,39 @@ def restore_latest(
         lambda leaf, wanted: wanted if leaf is ocp.PLACEHOLDER else leaf, restored, states
     )
     return latest, restored, dict(metadata.custom_metadata)
+
+
+def restore_blocks(
+    checkpointer: ocp.training.Checkpointer, blocks: Sequence[BlockState], *, best: bool
+) -> tuple[int, tuple[BlockState, ...]] | None:
+    """Restores the blocks' states alone, without what the method keeps besides.
+
+    Args:
+      checkpointer: from `open_checkpointer`.
+      blocks: fresh ones: their structure, shapes, dtypes and shardings.
+      best: of the checkpoint with the best accuracy, not of the latest.
+
+    Returns:
+      ``(step, blocks)``, or None where there is no such checkpoint.
+
+    Raises:
+      UserError: as `restore_latest`.
+    """
+    steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+    step = best_step(checkpointer) if best else max(steps, default=None)
+    if step is None:
+        return None
+    metadata = checkpointer.metadata(step)
+    saved = metadata.metadata["states"]
+    _check_tree(saved["blocks"], blocks, str(metadata.path))
+    abstract = {
+        "blocks": jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+            blocks,
+        ),
+        "memory": jax.tree.map(lambda leaf: ocp.PLACEHOLDER, saved["memory"]),
+    }
+    return step, checkpointer.load(step, {"states": abstract})["states"]["blocks"]
 
 
 def _check_tree(saved: Any, wanted: Any, path: str) -> None:

@@ -173,7 +173,7 @@ class PlacementConfig:
     # Pipelined: or these are chosen, with partition.strategy=balanced together with the cuts, so
     # that the slowest stage (partition.cost of a block / its devices) is as fast as it can be.
     auto: bool = False
-    # Steps dispatched but not finished, at the most; where blocks are on N groups of devices,
+    # Calls dispatched but not finished, at the most (a step each, or train.steps_per_call); where blocks are on N groups of devices,
     # N - 1 more, as a step is so long on its way from the first to the last.
     max_steps_in_flight: int = 4
 
@@ -788,6 +788,7 @@ def _check_together(config: Config) -> None:
                 "data_parallel, whose batches are split over config.placement.num_devices; set "
                 "that, and leave the other out"
             )
+    _check_devices(config)
     for section, size in (("train", train.batch_size), ("eval", config.eval.batch_size)):
         if size % split:
             raise UserError(
@@ -813,7 +814,6 @@ def _check_together(config: Config) -> None:
             "config.placement.one_after_another=True is for config.method.name=dgl with "
             "config.placement.kind=fused; leave it out"
         )
-    _check_devices(config)
     by_number = ("uniform", "balanced", "from_search")
     if partition.strategy in by_number and partition.num_blocks < 1:
         raise UserError(

@@ -18,7 +18,7 @@ import numpy as np
 
 from dgl_jax.block import Block, make_block_feed
 from dgl_jax.models.network import Network, apply_module, init_module, output_shape
-from dgl_jax.pipeline import block_program
+from dgl_jax.pipeline import block_program, for_devices
 from dgl_jax.placement import BlockPlacement
 from dgl_jax.transfer import fetch, is_local, move, place, stand_in
 from dgl_jax.types import Batch, BlockState
@@ -177,7 +177,7 @@ def block_step_seconds(
         x, labels = move(x, placement.batch), place(batch.labels, placement.batch)
         key = place(jax.random.key(0), placement.state)
         if is_local(placement.state):
-            run = jax.jit(work)
+            run = jax.jit(for_devices(work, placement))
             median = _median_seconds(lambda: run(state, x, labels, key), repeats)  # noqa: B023
             # On a device of the block, to be fetched from there.
             seconds.append(place(np.float32(median), placement.state))

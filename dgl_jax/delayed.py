@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dgl_jax.block import Block, apply_gradients, forward
+from dgl_jax.block import Block, apply_gradients, block_key, forward
 from dgl_jax.config import Config
 from dgl_jax.losses import logits_of
 from dgl_jax.pipeline import (
@@ -311,7 +311,7 @@ def make_runner(
 
 def _batch_key(key: jax.Array, block: Block, batch_number: jax.Array) -> jax.Array:
     """The key of a block's dropout on a batch: the same forward, backward and in a replay."""
-    return jax.random.fold_in(jax.random.fold_in(key, block.index), batch_number)
+    return jax.random.fold_in(block_key(key, block), batch_number)
 
 
 def _struct(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

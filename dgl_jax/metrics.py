@@ -128,6 +128,9 @@ class TrainingLog:
           block_metrics: of each block that made an update, by the block's index; a number or
             [num_steps]. Among them ``updates``, the number it has made.
           num_steps: how many steps they are of.
+
+        Raises:
+          UserError: as `flush`.
         """
         self._unread.append((step, block_metrics))
         self._bar.update(num_steps * self._batch_size)
@@ -139,7 +142,7 @@ class TrainingLog:
         """Waits for all steps taken so far and writes their metrics.
 
         Raises:
-          UserError: a loss was not finite; the message has the block and the step.
+          UserError: a number was not finite; the message has its name, block and step.
         """
         self._read(len(self._unread))
 
@@ -154,20 +157,21 @@ class TrainingLog:
         for (step, _), row in zip(rows, values):
             for block, scalars in row.items():
                 scalars = {name: np.atleast_1d(value) for name, value in scalars.items()}
-                finite = np.isfinite(scalars.get("loss", 0.0))
-                if not np.all(finite):
-                    first = np.argmin(finite)
-                    raise not_finite_error(
-                        f"block_{block}/loss={scalars['loss'][first]}",
-                        step - len(finite) + 1 + int(first),
-                    )
+                for name, values_of_steps in scalars.items():
+                    finite = np.isfinite(values_of_steps)
+                    if not np.all(finite):
+                        first = int(np.argmin(finite))
+                        raise not_finite_error(
+                            f"block_{block}/{name}={values_of_steps[first]}",
+                            step - len(finite) + 1 + first,
+                        )
                 learning_rates = self._learning_rates[scalars["updates"] - 1]
                 for name, values_of_steps in scalars.items():
                     columns.setdefault((block, name), []).extend(values_of_steps)
                 if "gradient_norm" in scalars:
                     name = f"train/block_{block}/sum_learning_rate_gradient_norm_squared"
                     for rate, norm in zip(learning_rates, scalars["gradient_norm"]):
-                        added = float(rate * norm**2)
+                        added = float(rate) * float(norm) ** 2
                         line[name] = self._totals[name] = self._totals.get(name, 0.0) + added
         if not columns:
             return  # Only blocks that have finished had their turn, to feed the others.

@@ -68,7 +68,7 @@ def balanced_cuts(
       num_blocks: K.
 
     Returns:
-      K - 1 cuts. Among equally fast ones, those that come first in lexicographic order.
+      K - 1 cuts. Among equally fast ones, those whose upper blocks are in turn as fast as can be.
 
     Raises:
       UserError: if K is not within 1..L.

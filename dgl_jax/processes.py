@@ -8,7 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dgl_jax.config import Config, check_same_run
+from dgl_jax.config import Config
+from dgl_jax.run_folder import previous_run
 
 GRACE_S = 10  # To end by itself.
 
@@ -17,14 +18,10 @@ def finished_summary(config: Config, folder: str) -> dict[str, Any] | None:
     """The summary of a run that is finished already, or None.
 
     Raises:
-      UserError: if the folder holds a run of another configuration.
+      UserError: as `previous_run`, such as that the folder holds a run of another configuration.
     """
-    paths = [os.path.join(folder, name) for name in ("config.json", "summary.json")]
-    if not all(map(os.path.exists, paths)):
-        return None
-    previous, summary = (json.loads(pathlib.Path(path).read_text()) for path in paths)
-    check_same_run(config, previous, folder)
-    return summary if summary["finished"] else None
+    previous = previous_run(config, folder)
+    return previous["summary"] if previous and previous["summary"].get("finished") else None
 
 
 def train_in_process(

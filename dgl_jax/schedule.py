@@ -24,7 +24,7 @@ class Task:
 
     Attributes:
       block: the block, 0-based.
-      operation: `UPDATE`, `FEED`, `FORWARD` or `BACKWARD`.
+      operation: `UPDATE`, `FEED`, `FORWARD` or `BACKWARD`; with microbatches `LOSS`, `APPLY`, too.
       batch: the batch of the stream that it works on, or whose activations it gets.
       turn: the updates that the block has made before.
       microbatch: which part of the batch, where it is cut into parts; else 0.

@@ -1,6 +1,7 @@
 """A search from beginning to end: pretraining, outer steps, cuts and heads for any K."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from dgl_jax import checkpoint, cost, distributed, metrics
 from dgl_jax.auxiliary import OPTIONS, make_heads
 from dgl_jax.block import init_block_state, make_block_step
 from dgl_jax.config import PlacementConfig, SearchConfig, SearchSettings, to_dict
-from dgl_jax.data import Dataset, load_dataset
+from dgl_jax.data import load_dataset
 from dgl_jax.errors import UserError, not_finite_error
 from dgl_jax.grouping import compute_dtype, configured_network
 from dgl_jax.losses import make_loss_fn
@@ -83,8 +84,11 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
         return previous["summary"]
 
     # ---- Data: the weights learn on one side of the split, the decision variables on the other.
-    train = _load_dataset(config, settings.batch_size, held_out=False)
-    held_out = _load_dataset(config, settings.validation_batch_size, held_out=True)
+    data, size = dataclasses.asdict(config.data) | {"seed": config.seed}, settings.batch_size
+    train = load_dataset(**data, batch_size=size, eval_batch_size=size)
+    # The side of the decision variables; its images are not augmented.
+    data, size = data | {"held_out": True, "augment": False}, settings.validation_batch_size
+    held_out = load_dataset(**data, batch_size=size, eval_batch_size=size)
 
     # ---- The network, and all that it may be made of.
     dtype = compute_dtype(config)
@@ -269,27 +273,6 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     plot_search(workdir, summary)
     write_summary(workdir, summary)  # Last: a search is finished when all its files are there.
     return summary
-
-
-def _load_dataset(config: SearchConfig, batch_size: int, held_out: bool) -> Dataset:
-    """One side of the split; the images of the decision variables' side are not augmented."""
-    data = config.data
-    return load_dataset(
-        name=data.name,
-        data_dir=data.data_dir,
-        batch_size=batch_size,
-        eval_batch_size=batch_size,
-        seed=config.seed,
-        validation_fraction=data.validation_fraction,
-        held_out=held_out,
-        augment=data.augment and not held_out,
-        crop_padding=data.crop_padding,
-        flip=data.flip,
-        image_size=data.image_size,
-        num_workers=data.num_workers,
-        mean=data.mean,
-        std=data.std,
-    )
 
 
 def _to_save(outer_state: OuterState, weights: Any, snapshots: list[Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Span:
     Attributes:
       device: its number, its row in the picture.
       block: whose program it was.
-      step: the mini-batch it worked on, its colour.
+      step: the mini-batch it worked on; measured, the step of the loop. Its colour.
       operation: of `schedule`, or ALL_REDUCE.
       start: seconds; end: likewise.
     """

@@ -1,6 +1,6 @@
 """When each block's program ran on its devices: recorded, drawn, summed up.
 
-A thread a block waits for each program's inputs and then for its outputs. A device works off its
+A thread for each group of devices waits for each program's inputs and then for its outputs. A device works off its
 programs in the order of dispatch, so a program began when its inputs had come and the program
 before it had ended. This is the same on every kind of device, within some tenths of a millisecond.
 """

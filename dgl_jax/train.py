@@ -69,6 +69,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
 
     Raises:
       UserError: a mistake in the configuration, or a loss that is not finite.
+      WorkerError: a worker of async_dgl_parallel failed; a checkpoint of all blocks is kept.
     """
     start_time, start_compile_seconds = time.perf_counter(), metrics.compile_seconds()
 
@@ -116,7 +117,14 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     placement.check_every_process_has_a_block(placements)
 
     # ---- Data, on the devices of the first block.
-    dataset = _load_dataset(config, placements[0].batch)
+    load = load_dataset if distributed.num_processes() == 1 else load_dataset_in_parts
+    dataset = load(
+        **dataclasses.asdict(data),
+        batch_size=config.train.batch_size,
+        eval_batch_size=config.eval.batch_size,
+        seed=config.seed,
+        sharding=placements[0].batch,
+    )
     steps_per_epoch = dataset.steps_per_epoch
     num_updates = config.train.num_steps or round(config.train.num_epochs * steps_per_epoch)
     if num_updates < 1:
@@ -180,6 +188,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         "num_steps": num_steps,
         "num_updates": num_updates,
         "steps_per_epoch": steps_per_epoch,
+        "image_shape": list(image_shape),
+        "num_classes": num_classes,
     }
     if is_main:
         config_json = json.dumps(to_dict(config) | {"resolved": resolved}, indent=2)
@@ -188,7 +198,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         write_summary(workdir, unfinished)
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
     step = 0
-    record = {"wall_seconds": 0.0, "train_seconds": 0.0, "timed_steps": 0, "totals": {}}
+    record = {"wall_seconds": 0.0, "compile_seconds": 0.0, "train_seconds": 0.0, "timed_steps": 0}
+    record["totals"] = {}
     restored = checkpoint.restore_latest(checkpointer, state)
     if restored is not None:
         step, state, record = restored
@@ -236,13 +247,18 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         """Whether a multiple of ``every`` is among the last ``num_done`` steps."""
         return step // every > (step - num_done) // every
 
-    def wall_seconds():
-        return record["wall_seconds"] + time.perf_counter() - start_time
+    def all_seconds():  # Of this process and those before it.
+        return {
+            "wall_seconds": record["wall_seconds"] + time.perf_counter() - start_time,
+            "compile_seconds": record.get("compile_seconds", 0.0)
+            + metrics.compile_seconds()
+            - start_compile_seconds,
+        }
 
     def save(step, state, top1=None):
         _check_finite(state.blocks, step)
-        now = {"wall_seconds": wall_seconds(), "totals": dict(record["totals"])}
-        checkpoint.save(checkpointer, step, state, top1=top1, record=record | now)
+        now = record | all_seconds() | {"totals": dict(record["totals"])}
+        checkpoint.save(checkpointer, step, state, top1=top1, record=now)
 
     # ---- The loop. The host only dispatches; the guard proves that nothing crosses between
     # host and devices unasked.
@@ -320,7 +336,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         batch = dataset.batch_at(0) if config.eval.time_blocks else None
 
     # ---- What came of it.
-    compile_seconds = metrics.compile_seconds() - start_compile_seconds
+    compile_seconds = all_seconds()["compile_seconds"]
     costs = cost.block_costs(blocks, image_shape)
     step_seconds = None
     if batch is not None:
@@ -341,9 +357,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         "method": config.method.name,
         "dataset": config.data.name,
         "network": config.network.name,
-        "auxiliary": ", ".join(dict.fromkeys(head_names))
-        if any(b.head is not None for b in blocks[:-1])
-        else None,
+        "auxiliary": ", ".join(dict.fromkeys(resolved["heads"])) or None,
         "num_blocks": num_blocks,
         "cuts": list(cuts),
         "heads": resolved["heads"],
@@ -364,7 +378,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         "train_examples_per_second": (
             timed_updates * batch_size / train_seconds if train_seconds else None
         ),
-        "wall_seconds": wall_seconds(),
+        "wall_seconds": all_seconds()["wall_seconds"],
         "compile_seconds": compile_seconds,
         "peak_memory_bytes": cost.peak_memory_bytes(),
         "aux_flops_ratio": cost.aux_flops_ratios(costs),
@@ -429,27 +443,6 @@ def _sha256(arrays: Any) -> str:
     for leaf in jax.tree.leaves(arrays):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
-
-
-def _load_dataset(config: Config, sharding: jax.sharding.Sharding) -> Dataset:
-    data = config.data
-    load = load_dataset if distributed.num_processes() == 1 else load_dataset_in_parts
-    return load(
-        name=data.name,
-        data_dir=data.data_dir,
-        batch_size=config.train.batch_size,
-        eval_batch_size=config.eval.batch_size,
-        seed=config.seed,
-        validation_fraction=data.validation_fraction,
-        augment=data.augment,
-        crop_padding=data.crop_padding,
-        flip=data.flip,
-        image_size=data.image_size,
-        num_workers=data.num_workers,
-        mean=data.mean,
-        std=data.std,
-        sharding=sharding,
-    )
 
 
 def _check_first_batch(losses: Sequence[str], dataset: Dataset, batch_size: int) -> None:

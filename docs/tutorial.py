@@ -54,6 +54,7 @@ print(data.image_shape, data.num_classes, data.num_train, data.num_test)
 # ## A network
 # Any list of flax modules and a head. `__call__` takes `x`, or `x` and `train` where a module
 # needs to know, as BatchNorm does. A layer is the smallest unit at which the network may be cut.
+# Variables are `params` and `batch_stats`, others are refused; dropout's is the one random stream.
 
 
 # %%
@@ -156,7 +157,9 @@ def train(placement, num_steps, eval_every):
     where = make_placements(placement, num_blocks)
     runner = method.make_runner(config, blocks, optimizer, key, where)
     evaluate = make_evaluate(runner.logits, where[-1], ensemble_last=1)
-    state = TrainState(init_states(blocks, optimizer, key, data.image_shape, where))
+    states = init_states(blocks, optimizer, key, data.image_shape, where)
+    images = jax.ShapeDtypeStruct((100, *data.image_shape), jnp.float32)
+    state = TrainState(states, runner.init_memory(states, images))
     schedule = method.make_schedule(config, num_blocks, num_steps, data.steps_per_epoch)
     curve = []
     for step, tasks in enumerate(schedule.tasks(0), start=1):
@@ -211,5 +214,7 @@ np.testing.assert_allclose(accuracies, curve[0][1], atol=0.01)
 
 # %% [markdown]
 # ## Further
-# `METHODS["sequential"]` takes the same blocks. Runs with checkpoints, logs and plots are
-# `experiments/train.py`'s; what each method does is in [methods](methods).
+# `METHODS["sequential"]` takes the same blocks; other methods make theirs by their own `make_blocks`,
+# with the same arguments. Runs with checkpoints, logs and plots are `experiments/train.py`'s, of the
+# networks, heads and losses in `models.NETWORKS`, `auxiliary.AUXILIARY` and `losses.make_loss_fn`: add
+# yours there. What each method does is in [methods](methods).

@@ -23,37 +23,28 @@ import numpy as np
 
 from dgl_jax import cli
 from dgl_jax.config import Config
-from dgl_jax.grouping import choose_cuts_and_heads, make_classifiers
-from dgl_jax.losses import make_loss_fn
+from dgl_jax.grouping import choose_cuts_and_heads, configured_blocks, configured_network
 from dgl_jax.methods import METHODS
 from dgl_jax.methods.async_dgl_parallel import make_workers, make_works
 from dgl_jax.metrics import write_atomically
-from dgl_jax.models import make_network
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements, request_cpu_devices
 from dgl_jax.types import Batch, TrainState
 
-_NUM_CLASSES = 10
+# Of the one random batch that block 0 gets again and again, so that no data loader is measured.
+_NUM_CLASSES, _IMAGE_SHAPE = 10, (28, 28, 1)
 _DELAYS = ("none", "sleep", "work")
+_NUM_ROUNDS = 12  # Each has a phase without delay and one of each kind.
+_PHASE_SECONDS = 1.0  # The first fifth is not counted.
 
 
-def measure_delay(
-    config: Config,
-    image_shape: tuple[int, ...] = (28, 28, 1),
-    *,
-    num_rounds: int = 12,
-    phase_seconds: float = 1.0,
-) -> dict[str, Any]:
+def measure_delay(config: Config) -> dict[str, Any]:
     """Updates a second of every block, with one block delayed and without.
 
     Args:
       config: a run of async_dgl_parallel; its replay's slow_block and slowdown, rounded, are
         the delay.
-      image_shape: of the one random batch that block 0 gets again and again, so that no data
-        loader is measured.
-      num_rounds: each has a phase without delay and one of each kind.
-      phase_seconds: the length of each; the first fifth is not counted.
 
     Returns:
       ``rates``: for ``none``, ``sleep`` and ``work`` a list of a rate a block for every phase;
@@ -62,22 +53,16 @@ def measure_delay(
     request_cpu_devices(config.placement)
     train = dataclasses.replace(config.train, num_steps=2**30, num_epochs=0.0)
     config = dataclasses.replace(config, train=train)
-    network = make_network(
-        config.network.name,
-        _NUM_CLASSES,
-        form=config.network.form,
-        width_factor=config.network.width_factor,
-    )
-    cuts, names = choose_cuts_and_heads(config, network, _NUM_CLASSES, image_shape)
-    heads = make_classifiers(config, names, _NUM_CLASSES)
+    network = configured_network(config, _NUM_CLASSES)
+    cuts, heads = choose_cuts_and_heads(config, network, _NUM_CLASSES, _IMAGE_SHAPE)
+    blocks = configured_blocks(config, network, cuts, heads, _NUM_CLASSES)
     method = METHODS["async_dgl_parallel"]
-    blocks = method.make_blocks(network, cuts, heads, make_loss_fn(config.loss))
     placements = make_placements(config.placement, len(blocks))
     method.make_schedule(config, len(blocks), 1, 1)  # Checks which block is slowed.
     optimizer = make_optimizer(config.optimizer, 1000, 1000)
     key = jax.random.key(config.seed)
-    states = init_states(blocks, optimizer, key, image_shape, placements)
-    images = jax.ShapeDtypeStruct((train.batch_size, *image_shape), np.float32)
+    states = init_states(blocks, optimizer, key, _IMAGE_SHAPE, placements)
+    images = jax.ShapeDtypeStruct((train.batch_size, *_IMAGE_SHAPE), np.float32)
     runner = method.make_runner(config, blocks, optimizer, key, placements)
     state = TrainState(states, runner.init_memory(states, images))
     rng = np.random.default_rng(0)
@@ -105,7 +90,7 @@ def measure_delay(
         workers.slowdown = float(slowdown) if delay == "sleep" else 1.0
         num_repeats = slowdown if delay == "work" else 1
         counts, start = [0] * len(blocks), time.perf_counter()
-        begin, end = start + phase_seconds / 5, start + phase_seconds
+        begin, end = start + _PHASE_SECONDS / 5, start + _PHASE_SECONDS
         while (now := time.perf_counter()) < end:
             block = workers.next_event().block
             counts[block] += now >= begin
@@ -115,7 +100,7 @@ def measure_delay(
     workers.start()
     try:
         phase("none")
-        for number in range(num_rounds):
+        for number in range(_NUM_ROUNDS):
             for place in range(len(_DELAYS)):  # Each in each place, so that a drift cancels.
                 delay = _DELAYS[(number + place) % len(_DELAYS)]
                 rates[delay].append(phase(delay))

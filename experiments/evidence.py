@@ -1,9 +1,9 @@
 """What the two papers report and claim, as data, with the configuration that measures each figure.
 
 `ITEMS`: the tables and figures in the papers' order, DGL's and then SEDONA's. `CLAIMS`: what the
-papers say, each with comparisons that decide it, whose bounds are ours. `report.py` sets beside both what was measured.
-A run for a row is experiments/train.py with one of the row's `configurations` as --config, and a
---config.seed.
+papers say, each with comparisons that decide it, whose bounds are ours. `report.py` sets beside
+both what was measured. A run for a row is experiments/train.py with one of the row's
+`configurations` as --config, and a --config.seed.
 
 Source of the figures: the papers, their slides and the logs of the official code, as on top of the
 files in experiments/configs.
@@ -97,7 +97,7 @@ class Comparison(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What a paper says in a sentence, the item it rests on, and comparisons that decide it by the rule in `decide`."""
+    """What a paper says, the item it rests on, and comparisons that decide it (see `decide`)."""
 
     sentence: str
     item: str

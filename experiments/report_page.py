@@ -148,23 +148,14 @@ def page(content: Mapping[str, Any], pictures: Mapping[str, Any]) -> list[tuple[
     """What is on the page: text, tables (header, rows, a colour for each), pictures."""
     rows = [row for item in content["items"] for row in item["rows"]]
     count = f"{sum(row['measured'] is not None for row in rows)} of {len(rows)} figures"
-    claims = [
-        [
-            claim["verdict"],
-            claim["sentence"],
-            "; ".join(_at_reduced(s, found) for s, found in claim["reduced"].items()) or "-",
-            f"{claim['paper']}, {claim['item']}",
-            _compared(claim["comparisons"]),
-        ]
-        for claim in content["claims"]
-    ]
-    header = ["verdict", "claim", "at reduced settings", "from"]
-    header.append("difference ± twice its standard error")
+    claims = [line for claim in content["claims"] for line in _claim_lines(claim)]
+    header = ["verdict", "claim, and the differences that decide it, ± twice their standard error"]
+    header += ["at the papers' settings", "at reduced settings"]
     parts = [
         ("h1", "What the papers report, and what was measured"),
         ("p", f"{count} were measured at the papers' own settings; the others say: not run."),
         ("h2", "The papers' claims"),
-        ("table", (header, claims, [claim["colour"] for claim in content["claims"]])),
+        ("table", (header, [cells for cells, _ in claims], [colour for _, colour in claims])),
         ("p", _RULES),
     ]
     for item in content["items"]:
@@ -217,22 +208,22 @@ def _value(found: Mapping[str, Any]) -> str:
     return text if found["deviation"] is None else f"{text} ± {found['deviation']:.2f}"
 
 
-def _compared(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    rules = []
-    for one in comparisons:
-        has_run = one["verdict"] != evidence.NOT_RUN
-        rules.append(
-            f"{one['rule']}: {_difference(one)}, {one['verdict']}" if has_run else one["rule"]
+def _claim_lines(claim: Mapping[str, Any]) -> list[tuple[list[str], str]]:
+    """Cells and colour: of the claim, and of each of its comparisons."""
+    reduced = claim["reduced"]
+    verdicts = "; ".join(f"{setting}: {found['verdict']}" for setting, found in reduced.items())
+    sentence = f"**{claim['paper']}, {claim['item']}: {claim['sentence']}**"
+    lines = [([claim["verdict"], sentence, "", verdicts or "-"], claim["colour"])]
+    for place, one in enumerate(claim["comparisons"]):
+        others = {setting: found["comparisons"][place] for setting, found in reduced.items()}
+        words = "; ".join(
+            f"{setting}: {_difference(other)}, {other['verdict']}"
+            for setting, other in others.items()
+            if other["error"] is not None
         )
-    return "; ".join(rules)
-
-
-def _at_reduced(setting: str, claim: Mapping[str, Any]) -> str:
-    """The verdict, and the differences in the order of the claim's rules."""
-    if claim["verdict"] == evidence.NOT_RUN:
-        return f"{setting}: {claim['verdict']}"
-    differences = [_difference(one) for one in claim["comparisons"]]
-    return f"{setting}: {claim['verdict']} ({', '.join(differences)})"
+        verdict = "" if one["verdict"] == evidence.NOT_RUN else one["verdict"]
+        lines.append(([verdict, f"— {one['rule']}", _difference(one), words or "-"], one["colour"]))
+    return lines
 
 
 def _difference(one: Mapping[str, Any]) -> str:
@@ -264,8 +255,8 @@ def to_html(parts: Sequence[tuple[str, Any]]) -> str:
             texts.append('<div class="box"><table>')
             for cells, colour in zip([header, *rows], ["head", *colours], strict=True):
                 tag = "th" if colour == "head" else "td"
-                tags = (f"<{tag} class=long>" if len(cell) > 40 else f"<{tag}>" for cell in cells)
-                row = "".join(f"{t}{html.escape(cell)}</{tag}>" for t, cell in zip(tags, cells))
+                tags = (f"<{tag} class=long>" if len(cell) > 60 else f"<{tag}>" for cell in cells)
+                row = "".join(f"{t}{_escape(cell)}</{tag}>" for t, cell in zip(tags, cells))
                 texts.append(f'<tr class="{colour}">{row}</tr>')
             texts.append("</table></div>")
         elif kind == "img":
@@ -275,6 +266,11 @@ def to_html(parts: Sequence[tuple[str, Any]]) -> str:
         else:
             texts.append(f"<{kind}>{html.escape(content)}</{kind}>")
     return "\n".join(texts) + "\n</body></html>\n"
+
+
+def _escape(cell: str) -> str:
+    bold = re.fullmatch(r"\*\*(.*)\*\*", cell)
+    return f"<b>{html.escape(bold[1])}</b>" if bold else html.escape(cell)
 
 
 _HEAD = """<!doctype html>

@@ -120,11 +120,12 @@ def _check_summary(path: pathlib.Path, summary: Mapping[str, Any]) -> None:
     for name in (*fractions, "aux_flops_ratio", "epochs", "steps"):
         value, most = summary.get(name), 1 if name in fractions else math.inf
         is_list = name.startswith(("test", "aux"))
-        numbers = value if is_list else [value or None]  # Not 0: one divides by epochs.
+        is_length = name in ("epochs", "steps")  # One divides by them.
+        numbers = value if is_list else [value]
         if not (isinstance(numbers, list) and numbers) or not all(
-            type(x) in (int, float) and 0 <= x <= most for x in numbers
+            type(x) in (int, float) and 0 <= x <= most and (x or not is_length) for x in numbers
         ):
-            rule = "numbers from 0" if is_list else "a number above 0"
+            rule = f"{'numbers' if is_list else 'a number'} {'above' if is_length else 'from'} 0"
             raise _broken(path, f"{name}={value!r} must be {rule}{' to 1' * (most == 1)}")
 
 

@@ -1,12 +1,12 @@
 """Searches where to cut a network, and which head each block gets.
 
-python experiments/search.py --config=experiments/configs/sedona_search.py:short \
-    --workdir=runs/search_short [--config.FIELD=VALUE ...]
+python experiments/search.py --config=experiments/configs/sedona_search.py:resnet18,short \
+    --workdir=runs/search [--config.FIELD=VALUE ...]
 
 The same command goes on with a search that was stopped. Train with what it found:
 
 python experiments/train.py --config=... --workdir=... \
-    --config.partition.from_search=runs/search_short/search.json --config.partition.num_blocks=4
+    --config.partition.from_search=runs/search/search.json --config.partition.num_blocks=4
 """
 
 from dgl_jax import cli

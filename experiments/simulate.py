@@ -45,6 +45,7 @@ from dgl_jax.simulator import (
     spans_of,
     unfinished_steps,
 )
+from dgl_jax.tables import markdown
 from dgl_jax.task_lists import METHODS, BlockLoad, Cluster, Link, Scenario
 from dgl_jax.timeline import plot_speed_ups, plot_timeline
 
@@ -340,8 +341,7 @@ def _bounds(method: str, scenario: Scenario) -> dict[str, Scenario]:
 
 
 def _numbers(result: Result) -> dict[str, Any]:
-    numbers = {name: value for name, value in vars(result).items() if name != "spans"}
-    return numbers | {"fraction_of_ideal": result.speed_up / result.ideal_speed_up}
+    return vars(result) | {"fraction_of_ideal": result.speed_up / result.ideal_speed_up}
 
 
 def _draw(title, scenarios, sweep, shown, micro) -> None:
@@ -397,7 +397,7 @@ def _methods_table(rows: Sequence[Row]) -> str:
                 f"{result.kept_bytes / 2**30:.1f}" if result.kept_bytes else "-",
             ]
         )
-    return _markdown(header, cells) + (
+    return markdown(header, cells) + (
         "\n\nSpeed-up: over backprop on one device. Ideal: its cost by that of the slowest block, "
         "with its auxiliary head in dgl and async_dgl. All-reduce hidden: a bound, not a method. "
         "Bold: the fastest for that K, bounds too."
@@ -414,7 +414,7 @@ def _sweep_table(sweep: Sequence[tuple[int, float, Mapping[str, float]]]) -> str
         winners = ", ".join(name for name, x in found.items() if x >= best * 0.995)
         cells.append([str(num_blocks), bandwidths, *speeds, winners])
     header = ["K", "inside / between hosts, GB/s", *names, "fastest (within 0.5 %)"]
-    return _markdown(header, cells) + (
+    return markdown(header, cells) + (
         "\n\nSpeed-ups over one device; of the pipelines the better of GPipe and 1F1B. "
         "async_dgl is as dgl here. All-reduce hidden: a bound, not a method."
     )
@@ -425,16 +425,11 @@ def _slowed_table(slowed: Mapping[str, Result]) -> str:
         [method, " / ".join(f"{1000 * x:.2f}" for x in result.block_seconds)]
         for method, result in slowed.items()
     ]
-    return _markdown(["method", "step by block, ms"], cells)
+    return markdown(["method", "step by block, ms"], cells)
 
 
 def _rate(rate: float) -> str:
     return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def _integers(flag: Any) -> list[int]:

@@ -1,7 +1,7 @@
 """Trains what the papers' tables and figures still lack; what is most worth running comes first.
 
     python experiments/sweep.py --runs=experiments/results/runs --data_dir=TFDS_DIR --minutes=60 \
-        [--setting=short] [--items=Table 1,Figure 5] [--seeds=3] [--at_once=2] [--dry_run]
+        [--setting=short] [--items="Table 1,Figure 5"] [--seeds=3] [--at_once=2] [--dry_run]
     python experiments/sweep.py --runs=DIR --configuration=experiments/configs/table1.py:mlp,short \
         --configuration=... --seeds=3
 

@@ -70,7 +70,8 @@ def _decided(claim: evidence.Claim, measured: Mapping[str, evidence.Measured]) -
     verdict, compared = evidence.decide(claim, measured), []
     for comparison in claim.comparisons:
         found = zip(("verdict", "difference", "error"), evidence.compare(comparison, measured))
-        compared.append({"rule": str(comparison), **comparison._asdict(), **dict(found)})
+        words = {"rule": str(comparison), **comparison._asdict(), **dict(found)}
+        compared.append(words | {"colour": _COLOURS[words["verdict"]]})
     return {"verdict": verdict, "colour": _COLOURS[verdict], "comparisons": compared}
 
 

@@ -162,6 +162,8 @@ def test_errors():
         make_auxiliary("cnn", 10, max_hidden=8)
     with pytest.raises(UserError, match="auxiliary.max_features=8 does not apply to .*=mlp;"):
         make_auxiliary("mlp", 10, max_features=8)
+    with pytest.raises(UserError, match="auxiliary.max_hiden is unknown; choose from max_hidden,"):
+        make_auxiliary("mlp", 10, max_hiden=8)
 
 
 def test_global_size_one_map():

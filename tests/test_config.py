@@ -100,6 +100,8 @@ def test_defaults_round_trip():
         ({**_DEALT, "train__batch_size": 130},
          r"batch_size=130 must be divisible by each of .*per_block=\(1, 4\); try 128"),
         ({**_DEALT, "eval__batch_size": 3}, "config.eval.batch_size=3 must be divisible .* try 4"),
+        ({**_DEALT, "placement__devices_per_block": (2, 0), "method__name": "pipeline_backprop"},
+         "must each be at least 1; give every"),
         ({**_DEALT, "method__name": "async_dgl_parallel"}, "is not for async_dgl_parallel, where"),
         ({"data__std": (0.2, 0.0, 0.2)}, "config.data.std=.* must be positive"),
     ],

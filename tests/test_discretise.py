@@ -54,6 +54,10 @@ def test_probabilities_are_a_softmax_however_large_alpha_is():
     np.testing.assert_allclose(found, [0.5, 1 / (1 + np.exp(-2)), 0, 1], atol=1e-12)
 
 
+def test_the_more_probable_cut_is_taken_where_both_are_1_but_for_rounding():
+    assert discretise([(40.0, 0.0), (60.0, 0.0)], [(0.0,), (0.0,)], 2).cuts == (1,)
+
+
 def test_balanced_is_the_best_of_every_way_to_cut():
     rng = np.random.default_rng(0)
     for num_layers, num_blocks in itertools.product((5, 7), (1, 2, 3, 4)):

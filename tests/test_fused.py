@@ -156,7 +156,7 @@ def test_remat_needs_less_memory(small_head):
 
 
 def test_one_after_another_needs_less_memory(small_head):
-    """Nor when a block's update is lost: the next one's loss is of activations from before it."""
+    """The numbers are the same, also when a block's update is lost (it is not finite)."""
     blocks = _blocks(small_head, (8,) * 8, (1, 3, 5))
     key = jax.random.key(0)
     x = jax.random.normal(key, (32, 16, 16, 8))

@@ -1,11 +1,13 @@
 """What every training method must do: learn real images, go on where it stopped, tell its costs."""
 
+import dataclasses
 import json
 
 import pytest
 
 from dgl_jax import checkpoint
 from dgl_jax.config import (
+    LOCAL_METHODS,
     ONE_BLOCK_METHODS,
     AuxiliaryConfig,
     CheckpointConfig,
@@ -22,9 +24,11 @@ from dgl_jax.config import (
     default_config,
     from_dict,
 )
+from dgl_jax.data import load_dataset
 from dgl_jax.methods import METHODS
 from dgl_jax.metrics import read_metrics
 from dgl_jax.train import train_and_evaluate
+from dgl_jax.trained import load_trained
 
 _SGD = OptimizerConfig(learning_rate=0.1, schedule="cosine")
 _ADAM = OptimizerConfig(name="adam", learning_rate=2e-3, weight_decay=0.0, schedule="cosine")
@@ -57,14 +61,27 @@ class _StoppedError(Exception):
     pass
 
 
+def _accuracies(trained):
+    data = load_dataset(
+        **dataclasses.asdict(trained.config.data), batch_size=100, eval_batch_size=250, seed=0
+    )
+    counts = {}
+    for images, labels, mask in data.eval_batches("test"):
+        for block, logits in trained.logits(trained.states, images).items():
+            is_right = (logits.argmax(-1) == labels) & mask
+            counts[block] = counts.get(block, 0) + int(is_right.sum())
+    return [count / data.num_test for count in counts.values()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_learns_images_and_goes_on_where_it_stopped(name, tmp_path, monkeypatch):
-    config, save, saved_steps = _config(name), checkpoint.save, []
+    config, save, saved_steps, records = _config(name), checkpoint.save, [], []
 
-    def save_twice(checkpointer, step, *args, **kwargs):
-        save(checkpointer, step, *args, **kwargs)
+    def save_twice(checkpointer, step, *args, record, **kwargs):
+        save(checkpointer, step, *args, record=record, **kwargs)
         saved_steps.append(step)
+        records.append(record)
         if len(saved_steps) == 2:
             raise _StoppedError
 
@@ -76,12 +93,18 @@ def test_every_method_learns_images_and_goes_on_where_it_stopped(name, tmp_path,
 
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert summary["method"] == name and summary["updates_per_block"] == 60
+    assert (summary["auxiliary"] is None) == (name not in LOCAL_METHODS)
+    for field in ("wall_seconds", "compile_seconds"):  # Both parts' together.
+        assert summary[field] >= records[-1][field] >= records[1][field] > 0
     num_blocks = summary["num_blocks"]
     assert num_blocks == (1 if name in ONE_BLOCK_METHODS else 2)
     assert summary["num_devices"] == (2 if name in _PLACEMENTS else 1)
     assert len(summary["test_top1"]) == len(summary["classifiers"])
     assert summary["classifiers"][-1] == num_blocks - 1
     assert min(summary["test_top1"]) > 0.45  # Chance is 0.1.
+    trained = load_trained(str(tmp_path))
+    assert trained.config == config and trained.step == summary["steps"]
+    assert _accuracies(trained) == pytest.approx(summary["test_top1"])
     lists = ("block_step_seconds", "block_parameters", "head_parameters", "block_flops")
     assert [len(summary[field]) for field in lists] == [num_blocks] * 4
     assert min(summary["block_step_seconds"]) > 0

@@ -107,6 +107,20 @@ def test_a_loss_that_is_not_finite_is_told_with_its_block(tmp_path):
     writer.close()
 
 
+def test_a_gradient_norm_that_is_not_finite_is_told_and_its_square_may_be_large(tmp_path):
+    totals = {}
+    log, writer = _log(tmp_path, totals)
+    norm = np.float32(1e30)  # Its square is beyond float32.
+    log.append(1, {0: {"loss": 1.0, "updates": 1, "gradient_norm": norm}})
+    log.flush()
+    (total,) = totals.values()
+    assert total == pytest.approx(0.5 * 1e60)
+    log.append(2, {0: {"loss": 1.0, "updates": 2, "gradient_norm": np.float32(np.inf)}})
+    with pytest.raises(UserError, match="block_0/gradient_norm=inf at step 2 is not finite"):
+        log.flush()
+    writer.close()
+
+
 def test_a_block_that_is_alone_so_far_is_not_in_step(tmp_path):
     log, writer = _log(tmp_path, {})
     log.append(1, {0: {"loss": 1.0, "updates": 1}})

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
+_README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+_EXAMPLES = re.findall(r"```python\n(.*?)```", _README, flags=re.DOTALL)
 
-@pytest.mark.slow
-def test_the_example_with_a_users_own_network_learns():
-    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+
+def _run(example):
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", example],
         check=False,
@@ -20,5 +20,19 @@ def test_the_example_with_a_users_own_network_learns():
         timeout=900,
     )
     assert result.returncode == 0, result.stderr
-    accuracies = [int(percent) for percent in re.findall(r"(\d+)%", result.stdout)]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_example_of_a_search():
+    (example,) = (example for example in _EXAMPLES if "dgl_jax.sedona" in example)
+    output = _run(example)
+    assert float(re.search(r"validation loss (\d+\.\d+)", output)[1]) < 1.6  # Chance is 2.3.
+    assert re.search(r"Grouping\(cuts=\([012],\), heads=\([01],\)", output)
+
+
+@pytest.mark.slow
+def test_the_example_with_a_users_own_network_learns():
+    (example,) = (example for example in _EXAMPLES if "dgl_jax.sedona" not in example)
+    accuracies = [int(percent) for percent in re.findall(r"(\d+)%", _run(example))]
     assert len(accuracies) == 2 and min(accuracies) > 50  # Chance is 10.

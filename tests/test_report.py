@@ -605,6 +605,20 @@ def _check_comparisons(content):
 
 def _check_markdown(content, text):
     """Every figure in the tables is one of report.json's; every row is there."""
+    section = text.split("\n## The papers' claims\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    for claim in content["claims"]:
+        found, lines = (
+            lines[: len(claim["comparisons"]) + 1],
+            lines[len(claim["comparisons"]) + 1 :],
+        )
+        assert claim["sentence"] in found[0]
+        for place, (one, line) in enumerate(zip(claim["comparisons"], found[1:], strict=True)):
+            reduced = [setting["comparisons"][place] for setting in claim["reduced"].values()]
+            expected = [x["difference"] for x in (one, *reduced) if x["difference"] is not None]
+            numbers = re.findall(r"([+-]\d+\.\d\d) ± ", line.split(one["rule"])[1])
+            assert numbers == [f"{x:+.2f}" for x in expected]
+    assert not lines
     for item in content["items"]:
         section = text.split(f"\n## {item['paper']}, {item['name']}: ")[1].split("\n## ")[0]
         lines = [line for line in section.splitlines() if line.startswith("| ")]
@@ -687,6 +701,8 @@ class _Page(html.parser.HTMLParser):
             assert self.stack[-1] == ("div", "box")
         if tag == "tr":
             self.rows.append((attrs["class"], []))
+        if tag in ("td", "th"):
+            self.rows[-1][1].append("")
         if tag not in ("meta", "img"):
             self.stack.append((tag, attrs.get("class")))
 
@@ -694,8 +710,8 @@ class _Page(html.parser.HTMLParser):
         assert self.stack.pop()[0] == tag
 
     def handle_data(self, data):
-        if self.stack and self.stack[-1][0] in ("td", "th"):
-            self.rows[-1][1].append(data)
+        if self.stack and self.stack[-1][0] in ("td", "th", "b"):
+            self.rows[-1][1][-1] += data
 
 
 def test_the_page_needs_no_other_file_and_says_verdicts_in_words(tmp_path):
@@ -720,7 +736,7 @@ def test_the_page_needs_no_other_file_and_says_verdicts_in_words(tmp_path):
         words[colour].add(cells[8] if len(cells) == 10 else cells[len(cells) == 2])
     assert words["green"] == {"agrees", "holds"}
     assert words["red"] == {"differs, below"}
-    assert words["grey"] == {"not run", "matches no row"}
+    assert words["grey"] == {"not run", "", "matches no row"}
     assert any(cells[6] == "A & B" for _, cells in page.rows if len(cells) == 10)
     assert _claim(content, _TABLE2)["verdict"] == "holds"
 
@@ -758,6 +774,12 @@ def test_the_committed_report_is_that_of_the_committed_runs(tmp_path):
 
 
 # ---- Mistakes.
+
+
+def test_an_accuracy_of_zero_is_no_mistake(tmp_path):
+    _write_run(tmp_path / "runs" / "one", "table1.py:cnn", test_top1=[0.0], ensemble_last_top1=0.0)
+    row = _rows(_report(tmp_path), "Table 1")["CNN-aux"]
+    assert row["measured"]["mean"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from dgl_jax.auxiliary import Synthesizer
-from dgl_jax.block import Block, apply_gradients, forward, forward_layers
+from dgl_jax.block import Block, apply_gradients, block_key, forward, forward_layers
 from dgl_jax.config import Config
 from dgl_jax.losses import LossFn, logits_of
 from dgl_jax.methods import dgl
@@ -138,7 +138,7 @@ def make_block_pass(
         return activations, gradient, learn
 
     def run(state: BlockState, x: jax.Array, labels: jax.Array, key: jax.Array):
-        step_key = jax.random.fold_in(jax.random.fold_in(key, block.index), state.step)
+        step_key = jax.random.fold_in(block_key(key, block), state.step)
         pass_fn = from_loss if block.classifies else from_synthetic_gradient
         return pass_fn(state, x, labels, step_key)
 

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from dgl_jax import schedule
-from dgl_jax.block import Block, apply_gradients, forward
+from dgl_jax.block import Block, apply_gradients, block_key, forward
 from dgl_jax.config import Config
 from dgl_jax.losses import logits_of
 from dgl_jax.methods import ddg
@@ -319,9 +319,7 @@ def make_runner(
 
 
 def _dropout_key(key: jax.Array, block: Block, step: jax.Array, microbatch: jax.Array) -> jax.Array:
-    return jax.random.fold_in(
-        jax.random.fold_in(jax.random.fold_in(key, block.index), step), microbatch
-    )
+    return jax.random.fold_in(jax.random.fold_in(block_key(key, block), step), microbatch)
 
 
 def _zero_totals(block: Block, params: Params) -> tuple[Params, dict[str, jax.Array]]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dgl_jax.errors import UserError
 from dgl_jax.models.cnn import cnn4, cnn6, cnn6_async, dni_cnn
 from dgl_jax.models.layers import scaled_width
-from dgl_jax.models.network import Network, apply_module, init_module
+from dgl_jax.models.network import Network, apply_module, init_module, output_shape
 from dgl_jax.models.resnet import resnet, resnet110
 from dgl_jax.models.vgg import vgg
 
@@ -116,7 +116,7 @@ def layer_shapes(
     x = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     shapes = []
     for layer in network.layers:
-        _, x = _module_shapes(layer, x)
+        x = output_shape(layer, x)
         shapes.append(x.shape)
     return shapes
 

@@ -21,7 +21,7 @@ class Network:
     and head are flax.linen modules; ``__call__(x)`` or ``__call__(x, train)``.
 
     Attributes:
-      name: what the network is called in summaries.
+      name: what the network is called in errors.
       layers: modules, each mapping [B, ...] to [B, ...].
       head: the module that maps the last layer's output to logits [B, num_classes].
     """

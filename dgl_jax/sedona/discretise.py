@@ -64,7 +64,8 @@ def discretise(
     """
     check_num_blocks(len(alpha) + 1, num_blocks)
     probabilities = local_probabilities(alpha)
-    by_probability = sorted(range(len(alpha)), key=lambda layer: -probabilities[layer])
+    # By what the softmax is of: probabilities of 1 but for rounding would all be equal.
+    by_probability = sorted(range(len(alpha)), key=lambda j: alpha[j][1] - alpha[j][0])
     return _grouping(sorted(by_probability[: num_blocks - 1]), probabilities, beta)
 
 

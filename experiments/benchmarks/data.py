@@ -150,8 +150,8 @@ def _write(folder: pathlib.Path, content: dict[str, Any]) -> None:
     about_streaming = (
         f"Random resized crops of {size} pixels from JPEGs of {content['mean_bytes'] / 1e3:.0f} kB "
         f"on average ({content['jpegs']}), in batches of {batch_size}, normalised on the device; "
-        f"{setting.STEPS.value} batches a turn or a few more, as many of each worker. A core: of those that decode, one a worker or "
-        "thread while there are enough."
+        f"{setting.STEPS.value} batches a turn or a few more, as many of each worker. A core: "
+        "of those that decode, one a worker or thread while there are enough."
     )
     about_decoding = (
         "Milliseconds an image. `decode.random_resized_crop` decodes at 1/2, 1/4 or 1/8 of the "

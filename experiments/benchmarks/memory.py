@@ -139,9 +139,10 @@ def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:
     notes = (
         f"{content['device']}, {setting.on_what(content)}. Temporaries: XLA's own plan of the "
         "compiled fused step, its blocks one after another, without parameters, statistics and the "
-        "optimizer's state. Images: as many as fit beside those, if all temporaries grew with the batch (gradients do not: with "
-        "more images in memory they count for less). With remat, equal layers are loops. Largest block alone: "
-        "the temporaries of the program of that block only. Balanced: cuts by "
+        "optimizer's state. Images: as many as fit beside those, if all temporaries grew with the "
+        "batch (gradients do not: with more images in memory they count for less). With remat, "
+        "equal layers are loops. Largest block alone: the temporaries of the program of that "
+        "block only. Balanced: cuts by "
         "config.partition.cost=memory. MLP-SR-aux heads."
     )
     setting.write(folder, "memory", content, title, [table, notes])

@@ -19,8 +19,8 @@ dropout in the backprop rows only, which are torchvision's networks.
 Known differences: bfloat16 instead of float16 with a loss scale. The official MLP-SR head of
 ResNet-152 pools 14x14 to 2x2 by a slip before its 1x1 convolutions; ours to 4x4.
 
-short: the 3,000 images of Imagenette in TFDS_DIR at 64x64, a quarter of the width, two epochs,
-in float32: a few minutes on two CPU cores, and 10 classes.
+short: Imagenette (imagenette/320px-v2 in TFDS_DIR) at 64x64, a quarter of the width, two epochs, in
+float32: 10 classes; with 3,000 of its images a few minutes on two CPU cores.
 """
 
 from dgl_jax.config import default_config

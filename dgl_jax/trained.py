@@ -1,0 +1,82 @@
+"""What a run has learned, from its folder: for predictions, or for another script to go on with."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from dgl_jax import checkpoint
+from dgl_jax.block import Block
+from dgl_jax.config import Config, PlacementConfig, from_dict
+from dgl_jax.errors import UserError
+from dgl_jax.grouping import configured_blocks, configured_network
+from dgl_jax.optim import make_optimizer
+from dgl_jax.pipeline import Logits, init_states, make_logits
+from dgl_jax.placement import make_placements
+from dgl_jax.types import BlockState
+
+
+class Trained(NamedTuple):
+    """A run's blocks and what they have learned.
+
+    Attributes:
+      config: the run's.
+      blocks: as the run had them, in order.
+      states: one a block, on one device: ``params``, ``batch_stats``, ``opt_state``, ``step``.
+      step: of the run, at which they were saved.
+      logits: ``logits(states, images)`` -> for each block that classifies, by its index, logits
+        [B, num_classes]; of images float32 [B, H, W, C], normalised as in training.
+    """
+
+    config: Config
+    blocks: Sequence[Block]
+    states: Sequence[BlockState]
+    step: int
+    logits: Logits
+
+
+def load_trained(workdir: str, *, best: bool = False) -> Trained:
+    """Loads what a run of ``experiments/train.py`` has learned, finished or not.
+
+    Whatever devices and processes it ran on, the states come to this process's first device. The
+    data set need not be there.
+
+    Args:
+      workdir: the run's folder.
+      best: the state with the best accuracy of the last block, as the run evaluated it (see
+        ``best_step`` in summary.json), not the latest.
+
+    Raises:
+      UserError: the folder has no run, or no such checkpoint, or its files can't be understood.
+    """
+    path = os.path.join(workdir, "config.json")
+    try:
+        with open(path) as file:
+            fields = json.load(file)
+    except FileNotFoundError as error:
+        raise UserError(f"workdir={workdir} has no config.json; give a run's folder") from error
+    except ValueError as error:
+        raise UserError(
+            f"{path} cannot be parsed ({error}); put back what the run wrote"
+        ) from error
+    resolved = fields.pop("resolved", {})
+    if "num_classes" not in resolved:
+        raise UserError(f"{path} has no num_classes: it is a search's or of an older version")
+    config, image_shape = from_dict(fields), tuple(resolved["image_shape"])
+    cuts, num_classes = tuple(resolved["cuts"]), resolved["num_classes"]
+    heads = resolved["heads"] or (config.auxiliary.name,) * len(cuts)
+    network = configured_network(config, num_classes)
+    blocks = configured_blocks(config, network, cuts, heads, num_classes)
+    optimizer = make_optimizer(
+        config.optimizer, resolved["num_updates"], resolved["steps_per_epoch"]
+    )
+    placements = make_placements(PlacementConfig(), len(blocks))
+    states = init_states(blocks, optimizer, jax.random.key(0), image_shape, placements)
+    with checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints")) as checkpointer:
+        restored = checkpoint.restore_blocks(checkpointer, states, best=best)
+    if restored is None:
+        raise UserError(f"workdir={workdir} has no checkpoint yet; let the run make its first one")
+    step, states = restored
+    return Trained(config, blocks, tuple(states), step, make_logits(blocks, placements))
