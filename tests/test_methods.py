@@ -68,7 +68,7 @@ def _accuracies(trained):
     counts = {}
     for images, labels, mask in data.eval_batches("test"):
         for block, logits in trained.logits(trained.states, images).items():
-            is_right = (logits.argmax(-1) == labels) & mask
+            is_right = (logits.argmax(-1) == labels) * mask  # 0 for padding.
             counts[block] = counts.get(block, 0) + int(is_right.sum())
     return [count / data.num_test for count in counts.values()]
 
