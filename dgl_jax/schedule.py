@@ -132,6 +132,43 @@ def block_order(kind: str, block: int, num_blocks: int, num_microbatches: int) -
     return [*order, (APPLY, 0)]
 
 
+def delayed(num_blocks: int, num_updates: int) -> Schedule:
+    """Every batch goes up in one step; its gradient comes down one block a step.
+
+    A block reads the gradient of the step before: hence the backward passes from the first
+    block to the last, and the last block's update, which is of this step's batch, at the end.
+    On separate devices a forward pass waits for nothing but the block below and a backward
+    pass for nothing but the step before of the block above, so all blocks work at once.
+
+    Nothing is drained at the end: block k makes D_k updates fewer than ``num_updates``.
+
+    Args:
+      num_blocks: K.
+      num_updates: the updates of the last block.
+
+    Example:
+      >>> step = next(delayed(num_blocks=3, num_updates=10).tasks(5))
+      >>> [(task.block, task.operation, task.batch) for task in step if task.operation != FORWARD]
+      [(0, 'backward', 3), (1, 'backward', 4), (2, 'update', 5)]
+
+    Source: DDG, Algorithm 1; Features Replay, Algorithm 1.
+    Deviation: in its first D_k steps a block makes no update, where the papers make one with a
+      gradient of zero; the two differ in L2 terms, and in when a block's learning rate falls.
+    """
+    last = num_blocks - 1
+
+    def tasks(first_step: int) -> Iterator[tuple[Task, ...]]:
+        for step in range(first_step, num_updates):
+            turns = [step - (last - block) for block in range(last)]
+            yield (
+                *(Task(block, FORWARD, step, max(0, turn)) for block, turn in enumerate(turns)),
+                *(Task(block, BACKWARD, n, n) for block, n in enumerate(turns) if n >= 0),
+                Task(last, UPDATE, step, step),
+            )
+
+    return Schedule(num_updates, num_updates, tasks)
+
+
 def pipeline(kind: str, num_blocks: int, num_microbatches: int, num_updates: int) -> Schedule:
     """Synchronous backprop over blocks: M microbatches up and down, then one update of each block.
 

@@ -10,7 +10,16 @@ import functools
 import math
 from collections.abc import Callable
 
-from dgl_jax.schedule import APPLY, BACKWARD, FORWARD, LOSS, UPDATE, pipeline, synchronous
+from dgl_jax.schedule import (
+    APPLY,
+    BACKWARD,
+    FORWARD,
+    LOSS,
+    UPDATE,
+    delayed,
+    pipeline,
+    synchronous,
+)
 from dgl_jax.timeline import ALL_REDUCE, SEND
 
 
@@ -177,22 +186,19 @@ def pipeline_backprop(scenario: Scenario, num_steps: int, kind: str) -> list[Tas
 def ddg(scenario: Scenario, num_steps: int) -> list[Task]:
     """Delayed gradients: batch t goes up in step t, its gradient comes down one block a step.
 
-    The order of `dgl_jax.delayed.delayed`.
+    The order of `schedule.delayed`.
     """
-    tasks, last = [], len(scenario.blocks) - 1
-    gradients = [()] * (last + 1)  # At the output of each block, of the step before.
-    for step in range(num_steps):
+    tasks, num_blocks = [], len(scenario.blocks)
+    gradients = [()] * num_blocks  # At the output of each block, of the step before.
+    for step, step_tasks in enumerate(delayed(num_blocks, num_steps).tasks(0)):
         arrived, sent = (), list(gradients)
-        for block in range(last):
-            _compute(tasks, scenario, block, FORWARD, step, arrived)
-            arrived = _send(tasks, scenario, block, block + 1)
-        for block in range(last + 1):
-            batch = step - (last - block)
-            if batch < 0:
-                continue
-            operation, inputs = (BACKWARD, gradients[block]) if block < last else (UPDATE, arrived)
-            _compute(tasks, scenario, block, operation, step, inputs, batch=batch)
-            if block:
+        for task in step_tasks:
+            block, operation = task.block, task.operation
+            inputs = gradients[block] if operation == BACKWARD else arrived
+            _compute(tasks, scenario, block, operation, step, inputs, batch=task.batch)
+            if operation == FORWARD:
+                arrived = _send(tasks, scenario, block, block + 1)
+            elif block:
                 sent[block - 1] = _send(tasks, scenario, block, block - 1)
         gradients = sent
     return tasks

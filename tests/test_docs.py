@@ -40,7 +40,6 @@ _MUST_HAVE_EXAMPLES = {
         "config",
         "cost",
         "data",
-        "delayed",
         "losses",
         "methods.dgl",
         "models",

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import optax
 
-from dgl_jax import delayed
+from dgl_jax import delayed, schedule
 from dgl_jax.block import Block, forward_layers
 from dgl_jax.config import Config
 from dgl_jax.delayed import DelayedRule
@@ -115,7 +115,7 @@ def make_blocks(
 def make_schedule(
     config: Config, num_blocks: int, num_updates: int, steps_per_epoch: int
 ) -> Schedule:
-    """Forward of one batch, backward of an earlier one; see `delayed.delayed`.
+    """Forward of one batch, backward of an earlier one; see `schedule.delayed`.
 
     Raises:
       UserError: if the run ends before the first block has had a gradient.
@@ -127,7 +127,7 @@ def make_schedule(
             f"{num_blocks - 1} steps, a delay longer than the run of {num_updates}; train longer "
             "or cut into fewer blocks"
         )
-    return delayed.delayed(num_blocks, num_updates)
+    return schedule.delayed(num_blocks, num_updates)
 
 
 def make_runner(
