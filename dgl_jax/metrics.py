@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 
 from dgl_jax.errors import not_finite_error
 from dgl_jax.transfer import fetch
@@ -45,6 +44,8 @@ class MetricsWriter:
         kept = [line for line in read_metrics(self._path) if line["step"] <= first_step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 open for the whole run
+        import tensorboardX  # Takes seconds, and only this needs it.
+
         self._tensorboard = tensorboardX.SummaryWriter(
             os.path.join(directory, "tensorboard"), purge_step=first_step + 1
         )

@@ -17,6 +17,10 @@ BACKWARD = "backward"  # A backward pass from a gradient that came from above, a
 LOSS = "loss"  # Of the last block: a forward pass, and at once the backward pass from its loss.
 APPLY = "apply"  # An update by the gradient that has been added up.
 
+# What is done besides. Links send, devices do not.
+SEND = "send"
+ALL_REDUCE = "all_reduce"
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -35,6 +39,26 @@ class Task:
     batch: int
     turn: int
     microbatch: int = dataclasses.field(default=0, kw_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """What a device did from one moment to another.
+
+    Attributes:
+      device: its number, its row in the picture.
+      block: whose program it was.
+      step: the mini-batch it worked on; measured, the step of the loop. Its colour.
+      operation: of `schedule`, or ALL_REDUCE.
+      start: seconds; end: likewise.
+    """
+
+    device: int
+    block: int
+    step: int
+    operation: str
+    start: float
+    end: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,8 @@ import math
 from collections.abc import Sequence
 
 from dgl_jax.errors import UserError
-from dgl_jax.schedule import BACKWARD, FORWARD, LOSS, UPDATE
+from dgl_jax.schedule import ALL_REDUCE, BACKWARD, FORWARD, LOSS, SEND, UPDATE, Span
 from dgl_jax.task_lists import METHODS, Scenario, Task, backprop_seconds, compute_seconds
-from dgl_jax.timeline import ALL_REDUCE, SEND, Span
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,16 +11,17 @@ import math
 from collections.abc import Callable
 
 from dgl_jax.schedule import (
+    ALL_REDUCE,
     APPLY,
     BACKWARD,
     FORWARD,
     LOSS,
+    SEND,
     UPDATE,
     delayed,
     pipeline,
     synchronous,
 )
-from dgl_jax.timeline import ALL_REDUCE, SEND
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Pictures of time: what each device did when, simulated or measured; speed-ups by K."""
 
 import collections
-import dataclasses
+import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,10 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
-from dgl_jax.schedule import APPLY, BACKWARD, FEED, FORWARD, LOSS, UPDATE
-
-# What is done besides the operations of a schedule; links send, so no device is drawn sending.
-SEND = "send"
-ALL_REDUCE = "all_reduce"
+from dgl_jax import distributed
+from dgl_jax.metrics import write_atomically
+from dgl_jax.plots import STYLE
+from dgl_jax.schedule import ALL_REDUCE, APPLY, BACKWARD, FEED, FORWARD, LOSS, UPDATE, Span
 
 # By operation: its name, and how light or hatched a step's colour is.
 _LOOKS = {
@@ -26,36 +26,8 @@ _LOOKS = {
     ALL_REDUCE: ("all-reduce", {"alpha": 0.2, "hatch": "xxxx"}),
 }
 _COLORS = [plt.get_cmap("Set2")(place) for place in range(8)]
-# That of `plots`, whose import would bring JAX.
-_STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "figure.dpi": 120,
-    "savefig.bbox": "tight",
-}
+_DRAWN_STEPS = 8  # Of a trace.
 _TIMELINE_STYLE = {"axes.grid.axis": "x", "axes.spines.left": False, "hatch.linewidth": 0.3}
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """What a device did from one moment to another.
-
-    Attributes:
-      device: its number, its row in the picture.
-      block: whose program it was.
-      step: the mini-batch it worked on; measured, the step of the loop. Its colour.
-      operation: of `schedule`, or ALL_REDUCE.
-      start: seconds; end: likewise.
-    """
-
-    device: int
-    block: int
-    step: int
-    operation: str
-    start: float
-    end: float
 
 
 def plot_timeline(
@@ -76,7 +48,7 @@ def plot_timeline(
     origin = min(span.start for span in spans)
     length = max(span.end for span in spans) - origin
     unit, name = (1, "s") if length >= 1 else (1e-3, "ms") if length >= 1e-3 else (1e-6, "µs")
-    with plt.rc_context(_STYLE | _TIMELINE_STYLE):
+    with plt.rc_context(STYLE | _TIMELINE_STYLE):
         figure, axes = plt.subplots(figsize=(8, 1.5 + 0.42 * len(devices)), layout="constrained")
         bars = collections.defaultdict(list)  # By what they look like.
         for span in spans:
@@ -125,7 +97,7 @@ def plot_speed_ups(
       ideal: that of dgl, by K: the grey line.
     """
     matplotlib.use("Agg")
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 4))
         grey = {"color": "0.6", "lw": 4, "alpha": 0.6}
         axes.plot(list(ideal), list(ideal.values()), **grey, label="the ideal of dgl")
@@ -163,3 +135,51 @@ def _row_name(device: int, spans: Sequence[Span]) -> str:
     blocks = sorted({span.block for span in spans if span.device == device})
     word = "block" if len(blocks) == 1 else "blocks"
     return f"device {device}\n{word} {', '.join(map(str, blocks))}"
+
+
+def write_trace(
+    workdir: str, spans: Sequence[Span], num_blocks: int, title: str
+) -> list[float] | None:
+    """Writes trace.json and timeline.png from what all processes have recorded.
+
+    Args:
+      workdir: the run's folder.
+      spans: of this process.
+      num_blocks: K.
+      title: of the picture.
+
+    Returns:
+      The busy fraction of each block over the recorded steps, from its first program's start to
+      its last one's end; None in all processes but the first, or where nothing was recorded.
+    """
+    rows = [
+        [span.device, span.block, span.step, span.operation, span.start, span.end] for span in spans
+    ]
+    rows = [row for part in distributed.collect(rows) for row in part]
+    if not distributed.is_main() or not rows:
+        return None
+    spans = sorted((Span(*row) for row in rows), key=lambda span: span.start)
+    origin = spans[0].start
+    content = {
+        "columns": ["device", "block", "step", "operation", "start_seconds", "end_seconds"],
+        "spans": [
+            [s.device, s.block, s.step, s.operation, s.start - origin, s.end - origin]
+            for s in spans
+        ],
+    }
+    write_atomically(os.path.join(workdir, "trace.json"), json.dumps(content) + "\n")
+    # Drawn is a part in which all devices are at work.
+    devices = {span.device for span in spans}
+    begin = max(min(s.start for s in spans if s.device == device) for device in devices)
+    steps = {span.step for span in spans}
+    end = begin + _DRAWN_STEPS * (max(span.end for span in spans) - spans[0].start) / len(steps)
+    drawn = [span for span in spans if span.end > begin and span.start < end]
+    plot_timeline(drawn, os.path.join(workdir, "timeline.png"), title)
+    fractions = []
+    for block in range(num_blocks):
+        own = [span for span in spans if span.block == block]
+        if not own:  # In a fused run all is one program.
+            return None
+        busy = sum(span.end - span.start for span in own)
+        fractions.append(busy / (max(s.end for s in own) - min(s.start for s in own)))
+    return fractions

@@ -1,28 +1,24 @@
-"""When each block's program ran on its devices: recorded, drawn, summed up.
+"""When each block's program ran on its devices: recorded.
 
-A thread for each group of devices waits for each program's inputs and then for its outputs. A device works off its
-programs in the order of dispatch, so a program began when its inputs had come and the program
-before it had ended. This is the same on every kind of device, within some tenths of a millisecond.
+A thread for each group of devices waits for each program's inputs and then for its outputs. A
+device works off its programs in the order of dispatch, so a program began when its inputs had come
+and the program before it had ended. This is the same on every kind of device, within some tenths
+of a millisecond.
 """
 
-import json
-import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from dgl_jax import distributed
-from dgl_jax.metrics import write_atomically
 from dgl_jax.placement import BlockPlacement
-from dgl_jax.timeline import Span, plot_timeline
+from dgl_jax.schedule import Span
 
 # The steps of a run that are recorded: after the first ones, which compile and fill the pipeline.
 FIRST_STEP, NUM_STEPS = 20, 40
-_DRAWN_STEPS = 8
 
 _recorder = None
 
@@ -97,51 +93,3 @@ def stop() -> None:
 def recorder() -> Recorder | None:
     """The one that `start` made."""
     return _recorder
-
-
-def write_trace(
-    workdir: str, spans: Sequence[Span], num_blocks: int, title: str
-) -> list[float] | None:
-    """Writes trace.json and timeline.png from what all processes have recorded.
-
-    Args:
-      workdir: the run's folder.
-      spans: of this process.
-      num_blocks: K.
-      title: of the picture.
-
-    Returns:
-      The busy fraction of each block over the recorded steps, from its first program's start to
-      its last one's end; None in all processes but the first, or where nothing was recorded.
-    """
-    rows = [
-        [span.device, span.block, span.step, span.operation, span.start, span.end] for span in spans
-    ]
-    rows = [row for part in distributed.collect(rows) for row in part]
-    if not distributed.is_main() or not rows:
-        return None
-    spans = sorted((Span(*row) for row in rows), key=lambda span: span.start)
-    origin = spans[0].start
-    content = {
-        "columns": ["device", "block", "step", "operation", "start_seconds", "end_seconds"],
-        "spans": [
-            [s.device, s.block, s.step, s.operation, s.start - origin, s.end - origin]
-            for s in spans
-        ],
-    }
-    write_atomically(os.path.join(workdir, "trace.json"), json.dumps(content) + "\n")
-    # Drawn is a part in which all devices are at work.
-    devices = {span.device for span in spans}
-    begin = max(min(s.start for s in spans if s.device == device) for device in devices)
-    steps = {span.step for span in spans}
-    end = begin + _DRAWN_STEPS * (max(span.end for span in spans) - spans[0].start) / len(steps)
-    drawn = [span for span in spans if span.end > begin and span.start < end]
-    plot_timeline(drawn, os.path.join(workdir, "timeline.png"), title)
-    fractions = []
-    for block in range(num_blocks):
-        own = [span for span in spans if span.block == block]
-        if not own:  # In a fused run all is one program.
-            return None
-        busy = sum(span.end - span.start for span in own)
-        fractions.append(busy / (max(s.end for s in own) - min(s.start for s in own)))
-    return fractions

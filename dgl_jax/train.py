@@ -25,6 +25,7 @@ from dgl_jax import (
     metrics,
     placement,
     plots,
+    timeline,
     trace,
 )
 from dgl_jax.config import LOCAL_METHODS, Config, to_dict
@@ -346,7 +347,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     if recorder:
         trace.stop()
         title = f"{config.method.name}, {config.network.name}, K = {num_blocks}: measured"
-        busy = trace.write_trace(workdir, recorder.finish(), num_blocks, title)
+        busy = timeline.write_trace(workdir, recorder.finish(), num_blocks, title)
     trained = fetch([(block.params, block.batch_stats) for block in state.blocks])
     if not is_main:
         return None

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from dgl_jax import trace
+from dgl_jax import timeline, trace
 from dgl_jax.config import PlacementConfig
 from dgl_jax.placement import make_placements
-from dgl_jax.timeline import Span
+from dgl_jax.schedule import Span
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -52,14 +52,16 @@ def test_busy_fractions(tmp_path):
     """Block 0 works half of the time from its first program to its last, block 1 all of it."""
     spans = [Span(0, 0, step, "update", 10.0 + 2 * step, 11.0 + 2 * step) for step in range(4)]
     spans += [Span(1, 1, step, "update", 11.0 + 2 * step, 13.0 + 2 * step) for step in range(4)]
-    fractions = trace.write_trace(str(tmp_path), spans, 2, "title")
+    fractions = timeline.write_trace(str(tmp_path), spans, 2, "title")
     assert fractions == pytest.approx([4 / 7, 1.0])
     content = json.loads((tmp_path / "trace.json").read_text())
     assert content["spans"][0] == [0, 0, 0, "update", 0.0, 1.0]
     assert len(content["spans"]) == 8
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
     # In a fused run one program is all blocks.
-    assert trace.write_trace(str(tmp_path), [s for s in spans if s.block == 1], 2, "title") is None
+    assert (
+        timeline.write_trace(str(tmp_path), [s for s in spans if s.block == 1], 2, "title") is None
+    )
 
 
 @pytest.mark.slow
