@@ -234,25 +234,31 @@ def _at(epoch: float, curve: Sequence[tuple[float, float]]) -> float | None:
 def point(
     row: evidence.Row, members: Mapping[tuple[str, int], Sequence[Run]]
 ) -> dict[str, Any] | None:
-    """The mean over runs, with the standard deviation of a sample (None for one run).
+    """The mean over seeds, with the standard deviation of a sample (None for one seed).
 
-    Of a configuration and seed that ran several times the first run counts that has the number.
+    A seed's value is the mean over its configurations, such as the blocks that are slowed down,
+    which share what the seed decides; a seed of which fewer ran than of another does not count. Of
+    a configuration and seed that ran several times the first run counts that has the number.
     """
-    found = []
-    for key, same in sorted(members.items()):
+    by_seed = collections.defaultdict(list)
+    for (name, seed), same in sorted(members.items()):
         values = ((run, value_of(row, run)) for run in same)
-        found += [(key, *one) for one in values if one[1] is not None][:1]
-    if not found:
+        known = [(name, run, round(value, 6)) for run, value in values if value is not None]
+        by_seed[seed] += known[:1]
+    most = max(map(len, by_seed.values()), default=0)
+    if not most:
         return None
-    values = [round(value, 6) for _, _, value in found]
-    runs = [run for _, run, _ in found]
+    by_seed = {seed: found for seed, found in sorted(by_seed.items()) if len(found) == most}
+    means = [statistics.fmean(value for _, _, value in found) for found in by_seed.values()]
+    found = [(seed, *one) for seed, same in by_seed.items() for one in same]
     return {
-        "mean": round(statistics.fmean(values), 6),
-        "deviation": round(statistics.stdev(values), 6) if len(values) > 1 else None,
-        "epochs": round(statistics.fmean(run.summary["epochs"] for run in runs), 2),
-        "devices": sorted({str(run.summary.get("device_kind")) for run in runs}),
+        "mean": round(statistics.fmean(means), 6),
+        "deviation": round(statistics.stdev(means), 6) if len(means) > 1 else None,
+        "seeds": len(means),
+        "epochs": round(statistics.fmean(run.summary["epochs"] for _, _, run, _ in found), 2),
+        "devices": sorted({str(run.summary.get("device_kind")) for _, _, run, _ in found}),
         "runs": [
             {"folder": run.folder, "configuration": name, "seed": seed, "value": value}
-            for ((name, seed), run, _), value in zip(found, values)
+            for seed, name, run, value in found
         ],
     }

@@ -25,7 +25,7 @@ def judge(row: evidence.Row, measured: Mapping[str, Any] | None) -> dict[str, An
     difference = measured["mean"] - row.published
     ours = _measured(row, measured)
     theirs = evidence.assumed_spread(row) if row.spread is None else row.spread
-    error = 2 * math.sqrt(ours.deviation**2 / ours.runs + theirs**2)
+    error = 2 * math.sqrt(ours.deviation**2 / ours.seeds + theirs**2)
     side, beyond = "above" if difference > 0 else "below", abs(difference) - error
     colour = "green" if beyond <= 0 else "amber" if beyond <= evidence.NEAR else "red"
     words = {"green": "agrees", "amber": f"near, {side}", "red": f"differs, {side}"}[colour]
@@ -57,7 +57,8 @@ def measure(runs: Sequence[Run], others: Mapping[str, str]) -> dict[str, Any]:
         reduced = {}
         for row, one in rows:
             for setting, found in one["reduced"].items():
-                measured = _measured(row, found, setting if setting in row.short else "")
+                short = setting if setting in row.short else ""
+                measured = _measured(row, found, short, is_reduced=True)
                 reduced.setdefault(setting, {})[row.label] = measured
         words = _decided(claim, full)
         words |= {"reduced": {s: _decided(claim, found) for s, found in sorted(reduced.items())}}
@@ -75,9 +76,11 @@ def _decided(claim: evidence.Claim, measured: Mapping[str, evidence.Measured]) -
     return {"verdict": verdict, "colour": _COLOURS[verdict], "comparisons": compared}
 
 
-def _measured(row: evidence.Row, found: Mapping[str, Any], short: str = "") -> evidence.Measured:
+def _measured(
+    row: evidence.Row, found: Mapping[str, Any], short: str = "", is_reduced: bool = False
+) -> evidence.Measured:
     deviation = found["deviation"]
-    deviation = evidence.assumed_spread(row) if deviation is None else deviation
+    deviation = evidence.assumed_spread(row, is_reduced) if deviation is None else deviation
     has_run = {run["configuration"] for run in found["runs"]}
     is_whole = has_run == set(evidence.configurations(row, short))
-    return evidence.Measured(found["mean"], deviation, len(found["runs"]), is_whole)
+    return evidence.Measured(found["mean"], deviation, found["seeds"], is_whole)

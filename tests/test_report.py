@@ -1,5 +1,6 @@
 """The report: which runs are of which row, its numbers, its verdicts; nothing that was not run."""
 
+import collections
 import dataclasses
 import html.parser
 import json
@@ -184,7 +185,7 @@ def test_mean_deviation_seeds_and_difference(tmp_path):
 def test_a_figure_beside_the_published_one(row, measured, verdict, colour):
     row = evidence.Row(row[0], "table1.py:cnn", row[1])
     runs = [{"configuration": row.config}]
-    found = measured and {"mean": measured, "deviation": None, "runs": runs}
+    found = measured and {"mean": measured, "deviation": None, "seeds": 1, "runs": runs}
     judged = verdicts.judge(row, found)
     assert (judged["verdict"], judged["colour"]) == (verdict, colour)
 
@@ -377,6 +378,12 @@ def test_a_claim_at_a_reduced_setting_stands_apart(tmp_path):
     claim = _claim(content, _DNI)
     assert claim["verdict"] == "not run" and claim["reduced"]["short"]["verdict"] == "holds"
     assert "| short: holds " in (tmp_path / "out" / "report.md").read_text()
+    for seed in (1, 2):  # Of one seed 1.1 % is assumed, where the full setting has a half.
+        for method in ("dgl", "cdni"):
+            shutil.rmtree(tmp_path / "runs" / f"{method}_{seed}")
+    to_dni, to_cdni = _claim(_report(tmp_path), _DNI)["reduced"]["short"]["comparisons"]
+    assert to_dni["error"] == pytest.approx(2 * np.sqrt(1.1**2 + 1**2 / 3))
+    assert to_cdni["error"] == pytest.approx(2 * np.sqrt(2) * 1.1)
 
 
 def test_a_seed_counts_once_and_unfinished_runs_do_not(tmp_path):
@@ -513,9 +520,11 @@ def test_a_delayed_block_counts_with_the_other_five(tmp_path):
                            test_top1=[0.905 + 0.001 * block + 0.001 * seed])  # fmt: skip
     content = _report(tmp_path)
     row = _rows(content, "Figure 5")["S = 1.2"]
-    values = [90.5 + 0.1 * block + 0.1 * seed for block in range(6) for seed in range(2)]
+    # The blocks of a seed share its parameters and batches: a seed is one value, not six.
+    values = [90.5 + 0.25 + 0.1 * seed for seed in range(2)]
     assert row["measured"]["mean"] == pytest.approx(statistics.fmean(values))
     assert row["measured"]["deviation"] == pytest.approx(statistics.stdev(values), abs=1e-5)
+    assert row["measured"]["seeds"] == 2
     assert len(row["measured"]["runs"]) == 12 and row["wanted_runs"] == 18
     # At M = 50 it is a point of Figure 6 too.
     assert _rows(content, "Figure 6")["M = 50"]["measured"]["mean"] == row["measured"]["mean"]
@@ -528,6 +537,10 @@ def test_a_delayed_block_counts_with_the_other_five(tmp_path):
     claim = _claim(_report(tmp_path), _DELAY)
     assert claim["comparisons"][3]["verdict"] == "not decided"
     assert claim["comparisons"][3]["difference"] is not None
+    shutil.rmtree(tmp_path / "runs" / "S1.2_4_1")  # A seed of five blocks does not count.
+    measured = _rows(_report(tmp_path), "Figure 5")["S = 1.2"]["measured"]
+    assert measured["mean"] == pytest.approx(values[0])
+    assert (measured["seeds"], len(measured["runs"]), measured["deviation"]) == (1, 6, None)
 
 
 # ---- Nothing that no run backs.
@@ -547,7 +560,7 @@ def _check_against_files(content, runs):
     """Every measured figure once more, from the files of the runs that it names."""
     count = 0
     for row, found in _measured_in(content):
-        values = []
+        values = collections.defaultdict(list)
         for run in found["runs"]:
             summary = json.loads((runs / run["folder"] / "summary.json").read_text())
             if row.epoch is not None:
@@ -564,7 +577,8 @@ def _check_against_files(content, runs):
                 value = 100 * (value if isinstance(value, float) else value[row.block])
                 value = 100 - value if "error" in row.unit else value
             assert run["value"] == pytest.approx(value, abs=1e-6)  # Six digits are kept.
-            values.append(value)
+            values[run["seed"]].append(value)
+        values = [np.mean(of_seed) for of_seed in values.values()]
         assert found["mean"] == pytest.approx(np.mean(values), abs=1e-6)
         if len(values) > 1:
             assert found["deviation"] == pytest.approx(np.std(values, ddof=1), abs=1e-5)
