@@ -19,8 +19,14 @@ from dgl_jax.transfer import fetch, is_local
 from dgl_jax.types import BlockState
 
 
-def open_checkpointer(directory: str) -> ocp.training.Checkpointer:
-    """Opens (or makes) a directory of checkpoints; use the result as a context manager."""
+def open_checkpointer(directory: str, *, clean: bool = True) -> ocp.training.Checkpointer:
+    """Opens (or makes) a directory of checkpoints; use the result as a context manager.
+
+    Args:
+      directory: of the checkpoints.
+      clean: whether what a killed run left half written is removed. Not by a reader: it may be
+        what a living run is writing.
+    """
     policies = ocp.training.preservation_policies
     return ocp.training.Checkpointer(
         os.path.abspath(directory),
@@ -34,7 +40,7 @@ def open_checkpointer(directory: str) -> ocp.training.Checkpointer:
                 ),
             ]
         ),
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=clean,
     )
 
 

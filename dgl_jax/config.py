@@ -173,8 +173,9 @@ class PlacementConfig:
     # Pipelined: or these are chosen, with partition.strategy=balanced together with the cuts, so
     # that the slowest stage (partition.cost of a block / its devices) is as fast as it can be.
     auto: bool = False
-    # Calls dispatched but not finished, at the most (a step each, or train.steps_per_call); where blocks are on N groups of devices,
-    # N - 1 more, as a step is so long on its way from the first to the last.
+    # Calls dispatched but not finished, at the most: of a step each, or of train.steps_per_call.
+    # Where blocks are on N groups of devices, N - 1 more, as a step is so long on its way from the
+    # first to the last.
     max_steps_in_flight: int = 4
 
 

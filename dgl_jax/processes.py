@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dgl_jax.config import Config
-from dgl_jax.run_folder import previous_run
+from dgl_jax.config import Config, check_same_run
+from dgl_jax.run_folder import read_json
 
 GRACE_S = 10  # To end by itself.
 
@@ -18,10 +18,13 @@ def finished_summary(config: Config, folder: str) -> dict[str, Any] | None:
     """The summary of a run that is finished already, or None.
 
     Raises:
-      UserError: as `previous_run`, such as that the folder holds a run of another configuration.
+      UserError: the folder holds a run of another configuration, or its files can't be parsed.
     """
-    previous = previous_run(config, folder)
-    return previous["summary"] if previous and previous["summary"].get("finished") else None
+    previous, summary = read_json(folder, "config"), read_json(folder, "summary")
+    if not previous or not summary:
+        return None
+    check_same_run(config, previous, folder)
+    return summary if summary["finished"] else None
 
 
 def train_in_process(

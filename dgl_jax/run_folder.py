@@ -28,23 +28,37 @@ def previous_run(config: Config | SearchConfig, workdir: str) -> dict[str, Any] 
         raise UserError(
             f"workdir={workdir} cannot be made ({error.strerror}); choose another --workdir"
         ) from error
-    if not os.path.exists(os.path.join(workdir, "config.json")):
+    previous = read_json(workdir, "config")
+    if previous is None:
         return None
-    files = {"summary": {}}
-    for name in ("config", "summary"):
-        path = os.path.join(workdir, f"{name}.json")
-        try:
-            with open(path) as file:
-                files[name] = json.load(file)
-        except FileNotFoundError:
-            continue  # A run killed at its very start has no summary yet.
-        except ValueError as error:
-            raise UserError(
-                f"{path} cannot be parsed ({error}); put back what the run wrote, or choose "
-                "another --workdir"
-            ) from error
-    check_same_run(config, files["config"], workdir)
-    return files
+    check_same_run(config, previous, workdir)
+    # A run killed at its very start has no summary yet.
+    return {"config": previous, "summary": read_json(workdir, "summary") or {}}
+
+
+def read_json(workdir: str, name: str) -> dict[str, Any] | None:
+    """``config`` or ``summary``, as a run has written it; None where there is none.
+
+    Raises:
+      UserError: it can't be parsed.
+    """
+    path = os.path.join(workdir, f"{name}.json")
+    try:
+        with open(path) as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{path} cannot be parsed ({error}); put back what the run wrote, or choose "
+            "another --workdir"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} must be one JSON object; put back what the run wrote, or choose another "
+            "--workdir"
+        )
+    return content
 
 
 def write_summary(workdir: str, summary: dict[str, Any]) -> None:

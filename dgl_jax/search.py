@@ -84,11 +84,11 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
         return previous["summary"]
 
     # ---- Data: the weights learn on one side of the split, the decision variables on the other.
-    data, size = dataclasses.asdict(config.data) | {"seed": config.seed}, settings.batch_size
+    data = dataclasses.asdict(config.data) | {"seed": config.seed}
+    size, held_out_size = settings.batch_size, settings.validation_batch_size
     train = load_dataset(**data, batch_size=size, eval_batch_size=size)
-    # The side of the decision variables; its images are not augmented.
-    data, size = data | {"held_out": True, "augment": False}, settings.validation_batch_size
-    held_out = load_dataset(**data, batch_size=size, eval_batch_size=size)
+    data |= {"held_out": True, "augment": False, "batch_size": held_out_size}
+    held_out = load_dataset(**data, eval_batch_size=held_out_size)
 
     # ---- The network, and all that it may be made of.
     dtype = compute_dtype(config)

@@ -69,7 +69,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
       The summary, as in summary.json; None in all processes but the first.
 
     Raises:
-      UserError: a mistake in the configuration, or a loss that is not finite.
+      UserError: a mistake in the configuration, or a metric that is not finite.
       WorkerError: a worker of async_dgl_parallel failed; a checkpoint of all blocks is kept.
     """
     start_time, start_compile_seconds = time.perf_counter(), metrics.compile_seconds()
@@ -199,8 +199,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         write_summary(workdir, unfinished)
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
     step = 0
-    record = {"wall_seconds": 0.0, "compile_seconds": 0.0, "train_seconds": 0.0, "timed_steps": 0}
-    record["totals"] = {}
+    seconds = {"wall_seconds": 0.0, "compile_seconds": 0.0, "train_seconds": 0.0}
+    record = seconds | {"timed_steps": 0, "totals": {}}
     restored = checkpoint.restore_latest(checkpointer, state)
     if restored is not None:
         step, state, record = restored
@@ -251,6 +251,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     def all_seconds():  # Of this process and those before it.
         return {
             "wall_seconds": record["wall_seconds"] + time.perf_counter() - start_time,
+            # An older version's checkpoint has none.
             "compile_seconds": record.get("compile_seconds", 0.0)
             + metrics.compile_seconds()
             - start_compile_seconds,

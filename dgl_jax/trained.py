@@ -1,13 +1,12 @@
 """What a run has learned, from its folder: for predictions, or for another script to go on with."""
 
-import json
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 
-from dgl_jax import checkpoint
+from dgl_jax import checkpoint, distributed
 from dgl_jax.block import Block
 from dgl_jax.config import Config, PlacementConfig, from_dict
 from dgl_jax.errors import UserError
@@ -15,6 +14,7 @@ from dgl_jax.grouping import configured_blocks, configured_network
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import Logits, init_states, make_logits
 from dgl_jax.placement import make_placements
+from dgl_jax.run_folder import read_json
 from dgl_jax.types import BlockState
 
 
@@ -40,30 +40,29 @@ class Trained(NamedTuple):
 def load_trained(workdir: str, *, best: bool = False) -> Trained:
     """Loads what a run of ``experiments/train.py`` has learned, finished or not.
 
-    Whatever devices and processes it ran on, the states come to this process's first device. The
-    data set need not be there.
+    Whatever devices and processes it ran on, the states come to the first device of this one
+    process. The data set need not be there.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder, of which nothing is changed.
       best: the state with the best accuracy of the last block, as the run evaluated it (see
         ``best_step`` in summary.json), not the latest.
 
     Raises:
-      UserError: the folder has no run, or no such checkpoint, or its files can't be understood.
+      UserError: there are several processes; the folder has no run, or no such checkpoint; or its
+        files can't be understood.
     """
-    path = os.path.join(workdir, "config.json")
-    try:
-        with open(path) as file:
-            fields = json.load(file)
-    except FileNotFoundError as error:
-        raise UserError(f"workdir={workdir} has no config.json; give a run's folder") from error
-    except ValueError as error:
-        raise UserError(
-            f"{path} cannot be parsed ({error}); put back what the run wrote"
-        ) from error
+    if distributed.num_processes() > 1:
+        raise UserError("load_trained is for one process; start this script once")
+    fields = read_json(workdir, "config")
+    if fields is None:
+        raise UserError(f"workdir={workdir} has no config.json; give a run's folder")
     resolved = fields.pop("resolved", {})
     if "num_classes" not in resolved:
-        raise UserError(f"{path} has no num_classes: it is a search's or of an older version")
+        raise UserError(
+            f"workdir={workdir}: its config.json has no num_classes, as a search's or an older "
+            "version's; train anew"
+        )
     config, image_shape = from_dict(fields), tuple(resolved["image_shape"])
     cuts, num_classes = tuple(resolved["cuts"]), resolved["num_classes"]
     heads = resolved["heads"] or (config.auxiliary.name,) * len(cuts)
@@ -74,9 +73,12 @@ def load_trained(workdir: str, *, best: bool = False) -> Trained:
     )
     placements = make_placements(PlacementConfig(), len(blocks))
     states = init_states(blocks, optimizer, jax.random.key(0), image_shape, placements)
-    with checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints")) as checkpointer:
-        restored = checkpoint.restore_blocks(checkpointer, states, best=best)
+    folder, restored = os.path.join(workdir, "checkpoints"), None
+    if os.path.isdir(folder):
+        with checkpoint.open_checkpointer(folder, clean=False) as checkpointer:
+            restored = checkpoint.restore_blocks(checkpointer, states, best=best)
     if restored is None:
-        raise UserError(f"workdir={workdir} has no checkpoint yet; let the run make its first one")
+        kind = "checkpoint with an evaluation" if best else "checkpoint"
+        raise UserError(f"workdir={workdir} has no {kind} yet; wait for the run's first one")
     step, states = restored
     return Trained(config, blocks, tuple(states), step, make_logits(blocks, placements))

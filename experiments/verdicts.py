@@ -81,6 +81,7 @@ def _measured(
 ) -> evidence.Measured:
     deviation = found["deviation"]
     deviation = evidence.assumed_spread(row, is_reduced) if deviation is None else deviation
-    has_run = {run["configuration"] for run in found["runs"]}
-    is_whole = has_run == set(evidence.configurations(row, short))
+    # Of each seed that counts, as many configurations as of any other.
+    wanted = found["seeds"] * len(evidence.configurations(row, short))
+    is_whole = len(found["runs"]) == wanted
     return evidence.Measured(found["mean"], deviation, found["seeds"], is_whole)

@@ -76,12 +76,13 @@ def _accuracies(trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_learns_images_and_goes_on_where_it_stopped(name, tmp_path, monkeypatch):
-    config, save, saved_steps, records = _config(name), checkpoint.save, [], []
+    config, save, saved_steps = _config(name), checkpoint.save, []
 
     def save_twice(checkpointer, step, *args, record, **kwargs):
+        if len(saved_steps) < 2:  # As if it had taken long so far.
+            record = record | {"wall_seconds": 1e6, "compile_seconds": 1e5}
         save(checkpointer, step, *args, record=record, **kwargs)
         saved_steps.append(step)
-        records.append(record)
         if len(saved_steps) == 2:
             raise _StoppedError
 
@@ -94,8 +95,7 @@ def test_every_method_learns_images_and_goes_on_where_it_stopped(name, tmp_path,
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert summary["method"] == name and summary["updates_per_block"] == 60
     assert (summary["auxiliary"] is None) == (name not in LOCAL_METHODS)
-    for field in ("wall_seconds", "compile_seconds"):  # Both parts' together.
-        assert summary[field] >= records[-1][field] >= records[1][field] > 0
+    assert summary["wall_seconds"] > 1e6 and summary["compile_seconds"] > 1e5  # Both parts'.
     num_blocks = summary["num_blocks"]
     assert num_blocks == (1 if name in ONE_BLOCK_METHODS else 2)
     assert summary["num_devices"] == (2 if name in _PLACEMENTS else 1)
@@ -103,7 +103,7 @@ def test_every_method_learns_images_and_goes_on_where_it_stopped(name, tmp_path,
     assert summary["classifiers"][-1] == num_blocks - 1
     assert min(summary["test_top1"]) > 0.45  # Chance is 0.1.
     trained = load_trained(str(tmp_path))
-    assert trained.config == config and trained.step == summary["steps"]
+    assert trained.config.network == config.network and trained.step == summary["steps"]
     assert _accuracies(trained) == pytest.approx(summary["test_top1"])
     lists = ("block_step_seconds", "block_parameters", "head_parameters", "block_flops")
     assert [len(summary[field]) for field in lists] == [num_blocks] * 4

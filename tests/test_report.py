@@ -113,7 +113,8 @@ def test_published_figures_are_those_on_top_of_the_configurations():
         numbers = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)}
         assert row.published is None or row.published in numbers, (item.name, row)
     spread = [(item.name, row.label, row.spread) for item, row in _ROWS if row.spread is not None]
-    assert spread == [("Table 2", "DGL", 0.1)]
+    rounding = [("Table 1", f"{head}-aux, FLOPs") for head in ("CNN", "MLP", "MLP-SR")]
+    assert [one[:2] for one in spread] == [*rounding, ("Table 2", "DGL")] and spread[-1][2] == 0.1
 
 
 def test_the_settings_wanted():
@@ -178,12 +179,16 @@ def test_mean_deviation_seeds_and_difference(tmp_path):
         (("CNN-aux", 92.2), 92.2 + 1.42, "near, above", "amber"),
         (("CNN-aux", 92.2), 92.2 - 2.41, "near, below", "amber"),
         (("CNN-aux", 92.2), 92.2 - 2.42, "differs, below", "red"),
+        (("MLP-SR-aux, FLOPs", 4.0), 4.09, "agrees", "green"),
+        (("MLP-SR-aux, FLOPs", 4.0), 10.4, "differs, above", "red"),
         (("S = 1.0", None), 90.0, "no number published", "plain"),
         (("S = 1.0", None), None, "not run", "grey"),
     ],
 )
 def test_a_figure_beside_the_published_one(row, measured, verdict, colour):
-    row = evidence.Row(row[0], "table1.py:cnn", row[1])
+    is_flops = "FLOPs" in row[0]
+    unit, spread = (evidence.FLOPS, 0.05) if is_flops else (evidence.ACCURACY, None)
+    row = evidence.Row(row[0], "table1.py:cnn", row[1], spread, unit)
     runs = [{"configuration": row.config}]
     found = measured and {"mean": measured, "deviation": None, "seeds": 1, "runs": runs}
     judged = verdicts.judge(row, found)
@@ -541,6 +546,11 @@ def test_a_delayed_block_counts_with_the_other_five(tmp_path):
     measured = _rows(_report(tmp_path), "Figure 5")["S = 1.2"]["measured"]
     assert measured["mean"] == pytest.approx(values[0])
     assert (measured["seeds"], len(measured["runs"]), measured["deviation"]) == (1, 6, None)
+    for block in range(6):  # Three blocks of one seed and three of another are no whole.
+        shutil.rmtree(tmp_path / "runs" / f"S1.1_{block}_{block // 3}")
+    content = _report(tmp_path)
+    assert _rows(content, "Figure 5")["S = 1.1"]["measured"]["seeds"] == 2
+    assert _claim(content, _DELAY)["comparisons"][1]["verdict"] == "not decided"
 
 
 # ---- Nothing that no run backs.

@@ -97,7 +97,7 @@ def test_what_a_search_leaves(finished):
 
 def test_a_finished_search_is_not_touched(finished, arrays_path, monkeypatch):
     folder, summary, _ = finished
-    monkeypatch.setattr(search_module, "_load_dataset", None)
+    monkeypatch.setattr(search_module, "load_dataset", None)
     assert search(_config(arrays_path), folder) == json.loads(json.dumps(summary))
 
 
@@ -152,11 +152,20 @@ def test_when_snapshots_are_kept():
     assert snapshot_steps(SearchSettings())[-1] == 40_000
 
 
-def test_the_decision_variables_learn_on_other_images_than_the_weights(arrays_path):
-    config = _config(arrays_path)
-    sides = [
-        search_module._load_dataset(config, 8, held_out=held_out) for held_out in (False, True)
-    ]
+def test_the_decision_variables_learn_on_other_images_than_the_weights(
+    arrays_path, tmp_path, monkeypatch
+):
+    load, sides = search_module.load_dataset, []
+
+    def load_two_and_stop(**options):
+        sides.append(load(**options))
+        if len(sides) == 2:
+            raise _Killed
+        return sides[-1]
+
+    monkeypatch.setattr(search_module, "load_dataset", load_two_and_stop)
+    with pytest.raises(_Killed):
+        search(_config(arrays_path), str(tmp_path))
     assert [side.num_train for side in sides] == [144, 96]
     images = [
         {

@@ -49,6 +49,16 @@ def test_the_latest_and_the_best(run):
 
 
 @pytest.mark.slow
+def test_what_a_living_run_is_writing_is_left_alone(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    half = folder / "checkpoints" / "99.orbax-checkpoint-tmp"
+    half.mkdir()
+    assert load_trained(str(folder)).step == run[1]["steps"]
+    assert half.exists()
+
+
+@pytest.mark.slow
 def test_what_is_not_there(run, tmp_path):
     with pytest.raises(UserError, match="has no config.json; give a run's folder"):
         load_trained(str(tmp_path))
@@ -58,11 +68,13 @@ def test_what_is_not_there(run, tmp_path):
         load_trained(str(tmp_path))
     fields = json.loads(pathlib.Path(run[0], "config.json").read_text())
     path.write_text(json.dumps(fields))
-    with pytest.raises(UserError, match="has no checkpoint yet"):
-        load_trained(str(tmp_path))
+    for best, kind in ((False, "checkpoint"), (True, "checkpoint with an evaluation")):
+        with pytest.raises(UserError, match=f"has no {kind} yet; wait"):
+            load_trained(str(tmp_path), best=best)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
     del fields["resolved"]["num_classes"]
     path.write_text(json.dumps(fields))
-    with pytest.raises(UserError, match="has no num_classes: it is a search's or of an older"):
+    with pytest.raises(UserError, match="has no num_classes, as a search's or an older version's"):
         load_trained(str(tmp_path))
 
 
