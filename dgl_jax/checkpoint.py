@@ -139,12 +139,7 @@ def restore_latest(
     _check_tree(metadata.metadata["states"], states, str(metadata.path))
     # A stand-in, for what another process has, stays as it is.
     abstract = jax.tree.map(
-        lambda leaf: (
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            if is_local(leaf.sharding)
-            else ocp.PLACEHOLDER
-        ),
-        states,
+        lambda leaf: _abstract(leaf) if is_local(leaf.sharding) else ocp.PLACEHOLDER, states
     )
     restored = checkpointer.load(latest, {"states": abstract})["states"]
     restored = jax.tree.map(
@@ -177,13 +172,14 @@ def restore_blocks(
     saved = metadata.metadata["states"]
     _check_tree(saved["blocks"], blocks, str(metadata.path))
     abstract = {
-        "blocks": jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-            blocks,
-        ),
+        "blocks": jax.tree.map(_abstract, blocks),
         "memory": jax.tree.map(lambda leaf: ocp.PLACEHOLDER, saved["memory"]),
     }
     return step, checkpointer.load(step, {"states": abstract})["states"]["blocks"]
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _check_tree(saved: Any, wanted: Any, path: str) -> None:

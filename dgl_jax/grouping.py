@@ -236,6 +236,13 @@ def _cuts_and_heads(
     """Those of an earlier run, or chosen now."""
     if not resolved:
         return choose_cuts_and_heads(config, network, num_classes, image_shape)
+    return resolved_cuts_and_heads(config, resolved)
+
+
+def resolved_cuts_and_heads(
+    config: Config, resolved: Mapping[str, Any]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Those of an earlier run, from what its config.json says under ``resolved``."""
     cuts = tuple(resolved["cuts"])
     return cuts, tuple(resolved["heads"]) or (config.auxiliary.name,) * len(cuts)
 

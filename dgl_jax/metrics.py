@@ -40,12 +40,12 @@ class MetricsWriter:
           first_step: the step a run goes on from; later lines, of a run that was killed after
             its last checkpoint, are dropped, since their steps are done again.
         """
+        import tensorboardX  # Takes seconds, and only this needs it.
+
         self._path = os.path.join(directory, "metrics.jsonl")
         kept = [line for line in read_metrics(self._path) if line["step"] <= first_step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 open for the whole run
-        import tensorboardX  # Takes seconds, and only this needs it.
-
         self._tensorboard = tensorboardX.SummaryWriter(
             os.path.join(directory, "tensorboard"), purge_step=first_step + 1
         )

@@ -10,7 +10,7 @@ from dgl_jax import checkpoint, distributed
 from dgl_jax.block import Block
 from dgl_jax.config import Config, PlacementConfig, from_dict
 from dgl_jax.errors import UserError
-from dgl_jax.grouping import configured_blocks, configured_network
+from dgl_jax.grouping import configured_blocks, configured_network, resolved_cuts_and_heads
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import Logits, init_states, make_logits
 from dgl_jax.placement import make_placements
@@ -64,8 +64,8 @@ def load_trained(workdir: str, *, best: bool = False) -> Trained:
             "version's; train anew"
         )
     config, image_shape = from_dict(fields), tuple(resolved["image_shape"])
-    cuts, num_classes = tuple(resolved["cuts"]), resolved["num_classes"]
-    heads = resolved["heads"] or (config.auxiliary.name,) * len(cuts)
+    cuts, heads = resolved_cuts_and_heads(config, resolved)
+    num_classes = resolved["num_classes"]
     network = configured_network(config, num_classes)
     blocks = configured_blocks(config, network, cuts, heads, num_classes)
     optimizer = make_optimizer(
