@@ -295,11 +295,12 @@ class SepConvAux(nn.Module):
 
     With p = C / reduction: Conv 1x1 of C to p, BatchNorm, ReLU, depthwise Conv 3x3 of stride 2,
     BatchNorm, ReLU; ``depth - 1`` inverted residuals, which widen by `reduction` inside, the
-    second of stride 2 and to p + p/2 channels; Conv 1x1 to `features`, BatchNorm, ReLU; global
+    second of stride 2 and to p + p/2 channels, but on a map of one pixel; Conv 1x1 to `features`, BatchNorm, ReLU; global
     average pool, Linear. Weights start from He's normal distribution.
 
     Source: SEDONA's released code; the search chooses among depths 1 to 4.
-    Deviation: none.
+    Deviation: with a reduction of 1, residuals have no first 1x1 convolution there, and the second
+    widens to 2p.
 
     Attributes:
       num_classes: the output's width.
@@ -323,8 +324,8 @@ class SepConvAux(nn.Module):
         x = nn.relu(self._pointwise(x, width, train))
         x = nn.relu(self._depthwise(x, 2, train))
         for index in range(self.depth - 1):
-            stride = 2 if index == 1 else 1
-            width += width // 2 if index == 1 else 0
+            stride = 2 if index == 1 and max(x.shape[1:3]) > 1 else 1
+            width += width // 2 if stride == 2 else 0
             y = nn.relu(self._pointwise(x, self.reduction * x.shape[-1], train))
             y = nn.relu(self._depthwise(y, stride, train))
             y = self._pointwise(y, width, train)

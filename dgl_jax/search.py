@@ -114,14 +114,17 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     outer_optimizer = make_outer_optimizer(settings)
     key = jax.random.key(config.seed)
     images = jnp.zeros((settings.batch_size, *train.image_shape))
-    weights = init_state(relaxed, optimizer, key, images)
-    variables = init_variables(num_layers, len(candidates))
+    # Committed to the device, as what a step returns is: its program is then compiled once.
+    device_memory = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    weights = jax.device_put(init_state(relaxed, optimizer, key, images), device_memory)
+    variables = jax.device_put(init_variables(num_layers, len(candidates)), device_memory)
     probabilities = jax.jit(relax)
     undecided = probabilities(variables)
     snapshot_memory = _snapshot_memory(settings, weights)
-    device_memory = jax.tree.leaves(weights)[0].sharding
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    outer_state = OuterState(variables, outer_optimizer.init(variables))
+    outer_state = OuterState(
+        variables, jax.device_put(outer_optimizer.init(variables), device_memory)
+    )
     # Until pretraining gets to them, the snapshots are the first weights, so that every
     # checkpoint has one structure.
     snapshots = [jax.device_put(copy(weights), snapshot_memory)] * settings.num_snapshots

@@ -2,10 +2,12 @@
 
 import base64
 import collections
+import hashlib
 import html
 import io
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import evidence
@@ -16,9 +18,8 @@ from run_folders import (
     FULL,
     NOT_LEARNED,
     Run,
-    gradient_sum,
+    curve_of,
     group,
-    input_drift,
     learning_curve,
     point,
 )
@@ -46,12 +47,21 @@ def draw(runs: Sequence[Run]) -> dict[str, list[tuple[str, bytes]]]:
                 figure = plt.figure(figsize=(7, 4))
                 _PLOTS[item.name](figure, members, setting == FULL)
                 figure.suptitle(title, fontsize=11)
-                file = io.BytesIO()
-                figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+                file, about = io.BytesIO(), {"Date": None, "Creator": None}
+                about["Description"] = _digest(figure)
+                figure.savefig(file, format="svg", metadata=about)
                 plt.close(figure)
             name = re.sub(r"\W+", "_", title).lower() + ".svg"
             pictures[item.name].append((name, file.getvalue()))
     return pictures
+
+
+def _digest(figure: Any) -> str:
+    """Of the numbers that are drawn, whatever fonts and version drew them."""
+    lines = [line.get_xydata() for axes in figure.axes for line in axes.lines]
+    bars = [patch.get_bbox().get_points() for axes in figure.axes for patch in axes.patches]
+    numbers = [np.round(np.asarray(found, float), 6).tolist() for found in lines + bars]
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
 
 def _plot_curves(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool) -> None:
@@ -69,26 +79,32 @@ def _plot_curves(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool
 
 
 def _plot_theorem(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool) -> None:
-    """A block's inputs' distance from their final density; its weighted sum of gradient norms."""
+    """A block's inputs' distance from their final density; its weighted sum of gradient norms.
+
+    The sums are parts of the whole, beside what the learning rates alone would make of them.
+    """
     del is_full
     figure.set_size_inches(9, 4)
     (drift_axes, sum_axes), styles = figure.subplots(1, 2), _styles(members)
     lines = {(row.quantity, row.config, row.block): found for row, found in members.items()}
     for (quantity, config, block), found in lines.items():
-        axes, curve_of = {
-            "input_drift": (drift_axes, input_drift),
-            "gradient_sum": (sum_axes, gradient_sum),
-        }[quantity]
+        axes = drift_axes if quantity == "input_drift" else sum_axes
         method = config.partition(":")[2]
+        color, label = f"C{block}", f"{method}, block {block}"
+        if quantity == "rate_sum":
+            color, label = "black", f"{method}, rates alone"
         for same in found.values():
-            curve = np.reshape(curve_of(same[0], block), (-1, 2))
-            axes.plot(*curve.T, styles[config], color=f"C{block}", lw=1.2)
-        axes.plot([], [], styles[config], color=f"C{block}", label=f"{method}, block {block}")
+            curve = np.reshape(curve_of(quantity, same[0], block), (-1, 2))
+            if axes is sum_axes and len(curve):
+                curve = curve * [1, 100 / curve[-1, 1]]
+            axes.plot(*curve.T, styles[config], color=color, lw=1.2)
+        axes.plot([], [], styles[config], color=color, label=label)
     drift_axes.set_title("distance of a block's inputs from the final ones", fontsize=9)
-    sum_axes.set_title("sum of learning rate x squared gradient norm", fontsize=9)
+    sum_axes.set_title("sum of learning rate x squared gradient norm, % of its end", fontsize=9)
     for axes in (drift_axes, sum_axes):
         axes.set(xlabel="epochs of the block's own updates")
-        axes.legend(frameon=False, fontsize="x-small")
+        if axes.lines:
+            axes.legend(frameon=False, fontsize="x-small")
 
 
 def _styles(members: Mapping[evidence.Row, Any]) -> dict[str, str]:
@@ -96,13 +112,28 @@ def _styles(members: Mapping[evidence.Row, Any]) -> dict[str, str]:
 
 
 def _plot_values(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool) -> None:
-    """Means and deviations in the item's order; bars beside published figures, else points."""
+    """Means and deviations in the item's order; bars beside published figures, else points.
+
+    A point is hollow where a seed lacks runs; its bar is dashed where the deviation is assumed.
+    """
     axes = figure.subplots()
     points = [point(row, found) for row, found in members.items()]
     means, places = [found["mean"] for found in points], range(len(points))
-    errors = {"yerr": [found["deviation"] or 0.0 for found in points], "capsize": 3}
+    deviations = [
+        evidence.assumed_spread(row, not is_full) if found["deviation"] is None
+        else found["deviation"]
+        for row, found in zip(members, points)
+    ]  # fmt: skip
+    errors = {"yerr": deviations, "capsize": 3}
     if next(iter(members)).published is None:
-        axes.errorbar(places, means, fmt="o", label="measured", **errors)
+        for row, found, mean, place, error in zip(members, points, means, places, deviations):
+            is_whole = len(found["runs"]) == found["seeds"] * len(evidence.configurations(row))
+            fill = "C0" if is_whole else "white"
+            bar = axes.errorbar(place, mean, error, fmt="o", color="C0", mfc=fill, capsize=3)
+            if found["seeds"] == 1:
+                bar.lines[2][0].set_linestyle("--")
+        label = "mean and deviation over seeds (dashed: of one seed, assumed; hollow: runs missing)"
+        axes.plot([], [], "o", color="C0", label=label)
     else:
         published = [row.published for row in members] if is_full else []
         axes.bar(places, means, width=0.5, label="measured", **errors)
@@ -167,7 +198,7 @@ def page(content: Mapping[str, Any], pictures: Mapping[str, Any]) -> list[tuple[
             ("h2", f"{item['paper']}, {item['name']}: {item['title']}"),
             ("p", item["note"]),
             ("table", (header, [_cells(row) for row in item["rows"]], colours)),
-            ("pre", f"{_COMMAND}  # {item['seeds']} seed(s), from 0"),
+            ("pre", f"{_COMMAND}  # {item['seeds']} seed(s), from 0; reduced: CONFIGURATION,short"),
             *(("img", picture) for picture in pictures.get(item["name"], ())),
         ]
     parts.append(("h2", "Other runs"))
@@ -188,7 +219,8 @@ def _heading(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     names, found, published = row["configurations"], row["measured"], row["published"]
     reduced = [
-        f"{setting}: {_value(one)} ({len(one['runs'])} run(s), {', '.join(one['devices'])})"
+        f"{setting}: {_value(one)} ({one['seeds']} seed(s), {len(one['runs'])} of "
+        f"{one['wanted_runs']} runs, {one['epochs']:.4g} epochs, {', '.join(one['devices'])})"
         for setting, one in row["reduced"].items()
     ]
     return [
@@ -215,7 +247,8 @@ def _claim_lines(claim: Mapping[str, Any]) -> list[tuple[list[str], str]]:
     reduced = claim["reduced"]
     verdicts = "; ".join(f"{setting}: {found['verdict']}" for setting, found in reduced.items())
     sentence = f"**{claim['paper']}, {claim['item']}: {claim['sentence']}**"
-    lines = [([claim["verdict"], sentence, "", verdicts or "-"], claim["colour"])]
+    colour = _with_reduced(claim["colour"], reduced.values())
+    lines = [([claim["verdict"], sentence, "", verdicts or "-"], colour)]
     for place, one in enumerate(claim["comparisons"]):
         others = {setting: found["comparisons"][place] for setting, found in reduced.items()}
         words = "; ".join(
@@ -224,8 +257,17 @@ def _claim_lines(claim: Mapping[str, Any]) -> list[tuple[list[str], str]]:
             if other["error"] is not None
         )
         verdict = "" if one["verdict"] == evidence.NOT_RUN else one["verdict"]
-        lines.append(([verdict, f"— {one['rule']}", _difference(one), words or "-"], one["colour"]))
+        colour = _with_reduced(
+            one["colour"], [o for o in others.values() if o["error"] is not None]
+        )
+        lines.append(([verdict, f"— {one['rule']}", _difference(one), words or "-"], colour))
     return lines
+
+
+def _with_reduced(colour: str, reduced: Iterable[Mapping[str, Any]]) -> str:
+    """A line's colour, and that of its last cell if the reduced settings agree on one."""
+    colours = {one["colour"] for one in reduced} - {"grey"}
+    return f"{colour} last-{colours.pop()}" if len(colours) == 1 else colour
 
 
 def _difference(one: Mapping[str, Any]) -> str:
@@ -288,5 +330,7 @@ td, th { text-align: left; vertical-align: top; padding: 4px 8px; border-bottom:
 .long { white-space: normal; min-width: 20em }
 .green td { background: #dcf2e1 } .red td { background: #fbdcd9 }
 .amber td { background: #fdf0cd } .grey td { color: #595959 }
+.last-green td:last-child { background: #dcf2e1 } .last-red td:last-child { background: #fbdcd9 }
+.last-amber td:last-child { background: #fdf0cd }
 img { width: 700px; max-width: none }
 </style></head><body>"""

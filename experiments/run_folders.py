@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import evidence
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from dgl_jax.config import ONE_BLOCK_METHODS, Config, from_dict
 from dgl_jax.data.statistics import PUBLISHED
 from dgl_jax.errors import UserError
 from dgl_jax.metrics import read_metrics
+from dgl_jax.optim import make_schedule
 
 FULL = "full"
 # Sections and fields that change nothing that is learned, or rounding at most.
@@ -194,6 +198,27 @@ def gradient_sum(run: Run, block: int) -> list[tuple[float, float]]:
     return _curve(run, block, _metrics(run), key)
 
 
+def rate_sum(run: Run) -> list[tuple[float, float]]:
+    """(Epochs of a block's own updates, sum of the learning rates), by the run's configuration.
+
+    Empty where there is no gradient_sum to compare with.
+    """
+    if not run.config.train.log_gradient_norm:
+        return []
+    steps_per_epoch = round(run.updates / run.summary["epochs"])
+    schedule = make_schedule(run.config.optimizer, run.updates, steps_per_epoch)
+    rates = np.broadcast_to(jax.vmap(schedule)(jnp.arange(run.updates)), run.updates)
+    sums = np.cumsum(rates, dtype=np.float64)
+    return [((step + 1) / steps_per_epoch, float(total)) for step, total in enumerate(sums)]
+
+
+def curve_of(quantity: str, run: Run, block: int) -> list[tuple[float, float]]:
+    """Of "input_drift", "gradient_sum" or "rate_sum", by the function of that name."""
+    if quantity == "rate_sum":
+        return rate_sum(run)
+    return {"input_drift": input_drift, "gradient_sum": gradient_sum}[quantity](run, block)
+
+
 def _metrics(run: Run) -> list[dict[str, Any]]:
     return read_metrics(str(run.path / "metrics.jsonl"))
 
@@ -210,14 +235,18 @@ def _curve(
 
 def value_of(row: evidence.Row, run: Run) -> float | None:
     """A row's number in one run; None if it was not evaluated within half an epoch."""
-    if row.quantity == "input_drift":
-        return _at(row.share * run.summary["epochs"], input_drift(run, row.block))
-    if row.quantity == "gradient_sum":
-        curve = gradient_sum(run, row.block)
-        part = _at(row.share * run.summary["epochs"], curve)
-        return None if part is None else 100 * part / curve[-1][1]
+    if row.share is not None:
+        curve = curve_of(row.quantity, run, row.block)
+        value = _at(row.share * run.summary["epochs"], curve)
+        is_part = value is not None and row.unit == evidence.PART
+        return 100 * value / curve[-1][1] if is_part else value
     if row.epoch is not None:
         return _at(row.epoch, learning_curve(run, row.block))
+    if row.tail is not None:
+        begin = (1 - row.tail) * run.summary["epochs"] + 1e-6
+        tail = [top1 for epoch, top1 in learning_curve(run, row.block) if epoch > begin]
+        if tail:
+            return statistics.fmean(tail)
     value = run.summary[row.quantity]
     if row.unit == evidence.FLOPS:
         value = max(value)

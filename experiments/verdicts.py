@@ -45,7 +45,11 @@ def measure(runs: Sequence[Run], others: Mapping[str, str]) -> dict[str, Any]:
                 others |= {run.folder: reason for run in again}
             points = {setting: point(row, found) for setting, found in sorted(groups.items())}
             full, names = points.pop(FULL, None), evidence.configurations(row)
-            reduced = {setting: found for setting, found in points.items() if found}
+            reduced = {
+                setting: found | {"wanted_runs": max(item.seeds, found["seeds"]) * len(names)}
+                for setting, found in points.items()
+                if found
+            }
             about = {"label": row.label, "unit": row.unit, "configurations": names}
             about |= {"wanted_runs": item.seeds * len(names), "published": row.published}
             rows.append(about | {"measured": full} | judge(row, full) | {"reduced": reduced})

@@ -136,6 +136,16 @@ def test_sepconv_written_out(depth, reduction):
     assert variables["params"]["Dense_0"]["kernel"].shape == (8, 10)
 
 
+def test_sepconv_on_a_map_that_is_one_pixel_after_the_first_stride():
+    """The second residual neither strides nor widens then, and keeps its shortcut."""
+    head = make_auxiliary("sepconv_4", 10, features=8)
+    x = jax.ShapeDtypeStruct((2, 2, 2, 16), jnp.float32)
+    params, _ = jax.eval_shape(lambda x: init_module(head, jax.random.key(0), x), x)
+    shapes = [params[f"Conv_{index}"]["kernel"].shape for index in range(12)]
+    residual = [(1, 1, 4, 16), (3, 3, 1, 16), (1, 1, 16, 4)]
+    assert shapes == [(1, 1, 16, 4), (3, 3, 1, 4), *residual * 3, (1, 1, 4, 8)]
+
+
 @pytest.mark.parametrize("name", ["mlp", "mlp_sr"])
 def test_max_hidden(name):
     capped = [shape for shape in _kernel_shapes(name, 8, 6, max_hidden=5) if len(shape) == 2]

@@ -169,7 +169,7 @@ def test_mean_deviation_seeds_and_difference(tmp_path):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == ["DGL", "table2.py:dgl", "93.5", "93.40 ± 0.40", "3 of 3", "300",
                      "NVIDIA H200", "-0.10 ± 0.50", "agrees", "-"]  # fmt: skip
-    assert "3 of 157" not in text and "2 of 157 figures" in text
+    assert "3 of 159" not in text and "2 of 159 figures" in text
 
 
 @pytest.mark.parametrize(
@@ -366,11 +366,28 @@ def test_inputs_that_come_to_rest_and_sums_of_gradients(tmp_path):
     for method in ("DGL", "sequential"):
         found = rows[f"{method}, sum of block 1, after a half"]["measured"]
         assert found["mean"] == pytest.approx(100 * (1 - 2**-2) / (1 - 2**-4))
+        # 15 of 50 epochs at 0.1, 15 at a fifth of it, then 15 and 5.
+        found = rows[f"{method}, rates alone, after a half"]["measured"]
+        assert found["mean"] == pytest.approx(100 * 17 / (15 + 15 / 5 + 15 / 25 + 5 / 125))
     assert rows["DGL, sum of block 2, after a half"]["measured"] is None  # Not logged.
     assert (tmp_path / "out" / "proposition_3_1.svg").exists()
     (tmp_path / "runs" / "dgl" / "drift.json").unlink()
     rows = _rows(_report(tmp_path), "Proposition 3.1")
     assert rows["DGL, inputs of block 1, after a half"]["measured"] is None
+
+
+def test_the_end_of_figure_2_is_its_last_ten_epochs(tmp_path):
+    """As in the official logs; of a short run it is the last evaluation."""
+    metrics = [
+        {"step": 20 * epoch, "test/block_3/top1": 0.5 + epoch / 10_000} for epoch in range(1, 1501)
+    ]
+    _write_run(tmp_path / "runs" / "full", "figure2.py:dni", metrics=metrics, test_top1=[0.65] * 4)
+    metrics = [{"step": 20 * epoch, "test/block_3/top1": epoch / 10} for epoch in range(1, 4)]
+    _write_run(tmp_path / "runs" / "short", "figure2.py:dni,short", metrics=metrics,
+               test_top1=[0.3] * 4)  # fmt: skip
+    row = _rows(_report(tmp_path), "Figure 2")["DNI"]
+    assert row["measured"]["mean"] == pytest.approx(50 + 100 * 0.14955)
+    assert row["reduced"]["short"]["mean"] == pytest.approx(30)
 
 
 def test_a_claim_at_a_reduced_setting_stands_apart(tmp_path):
@@ -427,6 +444,7 @@ _INPUTS = {
 }
 _RESTING = {f"sequential, inputs of block {block}, after a tenth": 0.0 for block in (1, 2, 3)}
 _SUMS = {f"DGL, sum of block {block}, after a half": 90.0 for block in range(4)}
+_SUMS["DGL, rates alone, after a half"] = 80.0
 _GOOD = _PAPER | {
     _DELAY: _FIGURE5, _BUFFER: _FIGURE6, _REST: _INPUTS, _CONTROL: _RESTING, _SUM: _SUMS,
 }  # fmt: skip
@@ -578,6 +596,8 @@ def _check_against_files(content, runs):
                 lines = (runs / run["folder"] / "metrics.jsonl").read_text().splitlines()
                 (line,) = [x for x in map(json.loads, lines) if x["step"] == 20 * row.epoch]
                 value = 100 * line[f"test/block_{range(4)[row.block]}/top1"]
+            elif row.tail is not None and _tail(row, runs / run["folder"], summary):
+                value = 100 * np.mean(_tail(row, runs / run["folder"], summary))
             elif row.share is not None:
                 value = _after_a_share(row, runs / run["folder"], summary)
             elif row.quantity == "aux_flops_ratio":
@@ -598,9 +618,23 @@ def _check_against_files(content, runs):
     return count
 
 
+def _tail(row, folder, summary):
+    """Accuracies of the evaluations in the last part of a run; of the last block."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    key = f"test/block_{summary['classifiers'][-1]}/top1"
+    steps = summary["steps"]
+    return [line[key] for line in lines if key in line and line["step"] > steps * (1 - row.tail)]
+
+
 def _after_a_share(row, folder, summary):
     """Of the step next to a share of the block's own updates."""
     updates = summary.get("updates_per_block", summary["steps"])
+    if row.quantity == "rate_sum":
+        optimizer = json.loads((folder / "config.json").read_text())["optimizer"]
+        rates = [optimizer["drop_factor"] ** sum(
+            step >= round(epoch * updates / summary["epochs"]) for epoch in optimizer["drop_epochs"]
+        ) for step in range(updates)]  # fmt: skip
+        return 100 * sum(rates[: round(row.share * updates)]) / sum(rates)
     first = row.block * updates if "sequential" in row.config else 0
     if row.quantity == "input_drift":
         lines, key = json.loads((folder / "drift.json").read_text()), f"block_{row.block - 1}"
@@ -684,7 +718,7 @@ def test_every_figure_comes_from_a_run(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(
         json.dumps(content)
     )
-    assert _check_against_files(content, runs) == 22
+    assert _check_against_files(content, runs) == 24
     _check_comparisons(content)
     _check_markdown(content, (tmp_path / "out" / "report.md").read_text())
     assert content["other_runs"] == {}
@@ -698,7 +732,7 @@ def test_with_no_runs_nothing_is_measured(tmp_path):
     assert {claim["verdict"] for claim in content["claims"]} == {"not run"}
     text = (tmp_path / "out" / "report.md").read_text()
     _check_markdown(content, text)
-    assert "0 of 157 figures were measured" in text and text.endswith("## Other runs\n\nNone.\n")
+    assert "0 of 159 figures were measured" in text and text.endswith("## Other runs\n\nNone.\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "report.html", "report.json", "report.md"
     ]  # fmt: skip
@@ -757,7 +791,9 @@ def test_the_page_needs_no_other_file_and_says_verdicts_in_words(tmp_path):
     assert ".box { overflow-x: auto }" in text and "overflow-wrap: anywhere" in text
     words = {colour: set() for colour in ("green", "amber", "red", "grey", "head")}
     for colour, cells in page.rows:
-        words[colour].add(cells[8] if len(cells) == 10 else cells[len(cells) == 2])
+        words[colour.partition(" ")[0]].add(
+            cells[8] if len(cells) == 10 else cells[len(cells) == 2]
+        )
     assert words["green"] == {"agrees", "holds"}
     assert words["red"] == {"differs, below"}
     assert words["grey"] == {"not run", "", "matches no row"}
@@ -777,6 +813,16 @@ def test_the_same_runs_give_the_same_bytes(tmp_path):
         assert str(tmp_path).encode() not in content
 
 
+def test_a_picture_says_what_it_draws(tmp_path):
+    digests = []
+    for top1 in (0.5, 0.5, 0.6):
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        _write_run(tmp_path / "runs" / "one", "table1.py:cnn", test_top1=[top1])
+        _report(tmp_path)
+        digests.append(_digest((tmp_path / "out" / "table_1.svg").read_text()))
+    assert digests[0] == digests[1] != digests[2]
+
+
 _COMMITTED = _ROOT / "experiments" / "results"
 
 
@@ -792,9 +838,15 @@ def test_the_committed_report_is_that_of_the_committed_runs(tmp_path):
         )
         assert found == expected, name
     pictures = [
-        {p.name for p in folder.glob("*.svg")} for folder in (tmp_path, _COMMITTED / "report")
+        {p.name: _digest(p.read_text()) for p in folder.glob("*.svg")}
+        for folder in (tmp_path, _COMMITTED / "report")
     ]
-    assert pictures[0] == pictures[1]
+    assert pictures[0] == pictures[1] and len(set(pictures[0].values())) == len(pictures[0])
+
+
+def _digest(svg):
+    """Of the numbers that are drawn; how they look depends on matplotlib's version and on fonts."""
+    return re.search("<dc:description>([0-9a-f]{64})</dc:description>", svg)[1]
 
 
 # ---- Mistakes.

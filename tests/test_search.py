@@ -1,6 +1,7 @@
 """The search as a run: its files, its snapshots, and that a killed one goes on bitwise."""
 
 import json
+import logging
 import os
 
 import jax
@@ -104,7 +105,7 @@ def test_a_finished_search_is_not_touched(finished, arrays_path, monkeypatch):
 # In the middle of pretraining, right after it, and in the middle of the outer steps.
 @pytest.mark.parametrize("killed_after", [4, 6, 8])
 def test_a_killed_search_goes_on_bitwise(
-    finished, arrays_path, tmp_path, monkeypatch, killed_after
+    finished, arrays_path, tmp_path, monkeypatch, caplog, killed_after
 ):
     save = checkpoint.save
 
@@ -115,8 +116,11 @@ def test_a_killed_search_goes_on_bitwise(
             raise _Killed
 
     monkeypatch.setattr(checkpoint, "save", save_and_kill)
-    with pytest.raises(_Killed):
+    with pytest.raises(_Killed), jax.log_compiles(), caplog.at_level(logging.WARNING):
         search(_config(arrays_path), str(tmp_path))
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA" in r.getMessage()]
+    # Several steps of each phase are one program.
+    assert sum("jit(step)" in line for line in compiled) == (2 if killed_after == 8 else 1)
     assert not json.loads((tmp_path / "summary.json").read_text())["finished"]
     monkeypatch.setattr(checkpoint, "save", save)
     # Where snapshots lie changes no number, and may change on the way.

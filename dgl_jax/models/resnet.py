@@ -33,7 +33,8 @@ def resnet(
       dtype: of the computation; None for the promoted dtype of input and parameters.
 
     Source: DGL Table 3; SEDONA's tables.
-    Deviation: none.
+    Deviation: SEDONA's code draws all weights from He's normal by fan-in; here convolutions go by
+    fan-out and the linear layer starts as torch's does.
     """
     block = BasicBlock if depth == 18 else BottleneckBlock
     return _staged_network(

@@ -36,7 +36,7 @@ def vgg(
       dtype: of the computation; None for the promoted dtype of input and parameters.
 
     Source: DGL Table 3 (no dropout); SEDONA's CIFAR-10 and Tiny-ImageNet tables.
-    Deviation: none.
+    Deviation: SEDONA's code draws convolutions from He's normal by fan-in, here it is fan-out.
     """
     layers = []
     for group_index, (size, width) in enumerate(

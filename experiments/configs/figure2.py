@@ -49,7 +49,7 @@ def get_config(variant: str = ""):
     config.optimizer.learning_rate = 3e-5
     config.optimizer.weight_decay = 0.0
     config.optimizer.schedule = "constant"
-    config.eval.every_epochs = 5.0
+    config.eval.every_epochs = 1.0
     if budget == "short":
         config.network.width_factor = 0.25
         config.data.name = "embedded"
@@ -58,5 +58,4 @@ def get_config(variant: str = ""):
         config.train.batch_size = 100
         config.train.num_epochs = 3.0
         config.optimizer.learning_rate = 1e-3
-        config.eval.every_epochs = 1.0
     return config

@@ -6,8 +6,9 @@
 Words: sedona, dgl, backprop (the method); vgg19, resnet50, resnet101, resnet152; K=4, K=2 (blocks;
 not of backprop); full, short.
 
-TFDS has no Tiny-ImageNet of its own: TFDS_DIR holds a prepared set ``tiny_imagenet`` of 64x64
-images, or --config.data.name=arrays and --config.data.data_dir=FILE.npz name one.
+TFDS has no Tiny-ImageNet of its own: TFDS_DIR holds a prepared set ``tiny_imagenet`` whose features
+say 64x64 (without a fixed shape it would be streamed, with other crops), or --config.data.name=arrays
+and --config.data.data_dir=FILE.npz name one.
 
 Expected (SEDONA's Table 2, K = 4, as TRGL quotes it; test accuracy, %):
 
@@ -58,6 +59,8 @@ def get_config(variant: str = ""):
         config.auxiliary.reduction = 4
     config.loss.label_smoothing = 0.1
     config.data.name = "tiny_imagenet"
+    config.data.mean = (0.4802, 0.4481, 0.3975)  # The official code's.
+    config.data.std = (0.2302, 0.2265, 0.2262)
     config.data.crop_padding = 4
     config.train.batch_size = 256
     config.train.num_steps = 30_000
@@ -73,6 +76,7 @@ def get_config(variant: str = ""):
         if method == "sedona":
             config.auxiliary.features = 512
         config.data.name = "imagenette/320px-v2"
+        config.data.mean = config.data.std = ()
         config.data.image_size = 64
         config.train.batch_size = 50
         config.train.num_steps = 0

@@ -5,7 +5,7 @@
 
 All three heads, and their table:
 
-    python experiments/compare_methods.py --config=experiments/configs/table1.py --seeds=1 \
+    python experiments/compare_methods.py --config=experiments/configs/table1.py --seeds=3 \
         --workdir=runs/table1 --out=experiments/results/table1.md --config.data.data_dir=TFDS_DIR
 
 Words: mlp_sr, mlp, cnn (the head); full, short.

@@ -16,7 +16,9 @@ The cuts are those of the official code: every 1, 3, 4 or 8 convolutions (VGG-13
 3, 3, 3 and 1), and after the 25th bottleneck of ResNet-152. As there, the heads of VGG have
 dropout in the backprop rows only, which are torchvision's networks.
 
-Known differences: bfloat16 instead of float16 with a loss scale. The official MLP-SR head of
+Known differences: bfloat16 instead of float16 with a loss scale; an epoch leaves out its last,
+partial batch; heads start as torch's layers do, there from He's normal by fan-out and N(0, 0.01).
+The official backprop counts epochs from 1, so that its rate drops one epoch earlier. The official MLP-SR head of
 ResNet-152 pools 14x14 to 2x2 by a slip before its 1x1 convolutions; ours to 4x4.
 
 short: Imagenette (imagenette/320px-v2 in TFDS_DIR) at 64x64, a quarter of the width, two epochs, in
