@@ -123,6 +123,21 @@ def test_commands_make_blocks_and_a_schedule(page, monkeypatch):
     assert "embedded" in data_names  # One that runs as it is printed.
 
 
+_OTHERS = [_ROOT / "README.md", _ROOT / "experiments" / "results" / "README.md"]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # Of ml_collections.
+@pytest.mark.parametrize("document", _OTHERS, ids=lambda path: path.parent.name)
+def test_commands_of_training_and_search_are_valid(document, monkeypatch):
+    monkeypatch.chdir(_ROOT)
+    commands = [w for w in _commands(document) if w[1].endswith(("/train.py", "/search.py"))]
+    for words in commands:
+        found = "experiments/results/search_short/search.json"
+        words = [re.sub("runs/search.*/search.json", found, word) for word in words]
+        _parse([re.sub("^--workdir=DIR", "--workdir=runs/DIR", word) for word in words])
+    assert commands
+
+
 def test_every_method_has_a_page():
     index = (_ROOT / "docs" / "README.md").read_text()
     assert [name for name in METHODS if f"`{name}`" not in index] == []
@@ -168,6 +183,15 @@ def test_our_figures_are_those_of_the_results():
         figures = re.findall(r"\d+\.\d\d\s±\s\d+\.\d\d", page.read_text())
         missing = [figure for figure in figures if " ".join(figure.split()) not in results]
         assert missing == [], page.name
+
+
+def test_figures_beside_the_papers_claims_are_those_of_the_report():
+    section = (_ROOT / "README.md").read_text().partition("## The papers' claims")[2]
+    results = _ROOT / "experiments" / "results"
+    texts = [(results / name).read_text() for name in ("report/report.md", "sedona_short.md")]
+    figures = re.findall(r"\d+\.\d\d ± \d+\.\d\d", section.partition("\n## ")[0])
+    assert len(figures) > 20
+    assert [figure for figure in figures if figure not in "\n".join(texts)] == []
 
 
 @pytest.mark.slow
