@@ -41,6 +41,7 @@ class Block:
       remat: whether the backward pass computes each layer again from its input, instead of
         keeping what is inside it: less memory, more time. Runs of equal layers are loops then too:
         outside of loops XLA's CPU compiler undoes it.
+      kernel_init: as of `init_module`.
     """
 
     index: int
@@ -51,6 +52,7 @@ class Block:
     classifies: bool = True
     scan_layers: bool = False
     remat: bool = False
+    kernel_init: str = "own"
 
 
 def init_block_state(
@@ -77,7 +79,7 @@ def init_block_state(
     layer_params, layer_stats = [], []
     for first, end in _runs(block, x, has_loops=block.scan_layers):
         init = lambda place, x=x, layer=block.layers[first]: init_module(
-            layer, jax.random.fold_in(key, block.first_layer + place), x
+            layer, jax.random.fold_in(key, block.first_layer + place), x, block.kernel_init
         )
         if end > first + 1:  # Its outputs are of its inputs' shape.
             params, stats = jax.lax.map(init, jnp.arange(first, end))
@@ -89,7 +91,9 @@ def init_block_state(
         layer_stats.append(stats)
     last_layer = block.first_layer + len(block.layers) - 1
     head_params, head_stats = (
-        ({}, {}) if block.head is None else init_module(block.head, head_key(key, last_layer), x)
+        ({}, {})
+        if block.head is None
+        else init_module(block.head, head_key(key, last_layer), x, block.kernel_init)
     )
     params = {"layers": tuple(layer_params), "head": head_params}
     return BlockState(

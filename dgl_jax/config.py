@@ -71,6 +71,9 @@ class NetworkConfig:
     dropout: float = 0.0
     # What layers and heads compute in; parameters, statistics and losses stay float32.
     dtype: str = "float32"
+    # How kernels of layers and heads start: "own", each as its module says, or "he_normal", all
+    # from He's normal distribution by fan-in, as in SEDONA's code.
+    kernel_init: str = "own"
     # Whether runs of equal layers are loops: a deep network compiles faster.
     scan_layers: bool = False
 
@@ -370,6 +373,7 @@ _CHOICES = {
     "partition.cost": ("flops", "memory", "time"),
     "network.form": ("cifar", "tiny_imagenet", "imagenet"),
     "network.dtype": ("float32", "bfloat16"),
+    "network.kernel_init": ("own", "he_normal"),
     "loss.name": _LOSSES,
     "optimizer.name": ("sgd", "adam"),
     "optimizer.weight_decay_on": ("all", "kernels"),

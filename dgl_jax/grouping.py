@@ -202,9 +202,12 @@ def configured_blocks(
                 f"config.train.remat_blocks={remat}: {block} must be one of the {len(blocks)} "
                 f"block(s); use 0 to {len(blocks) - 1}"
             )
-    scan = config.network.scan_layers
+    options = {
+        "scan_layers": config.network.scan_layers,
+        "kernel_init": config.network.kernel_init,
+    }
     return tuple(
-        dataclasses.replace(block, scan_layers=scan, remat=block.index in remat) for block in blocks
+        dataclasses.replace(block, remat=block.index in remat, **options) for block in blocks
     )
 
 

@@ -116,7 +116,8 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     images = jnp.zeros((settings.batch_size, *train.image_shape))
     # Committed to the device, as what a step returns is: its program is then compiled once.
     device_memory = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    weights = jax.device_put(init_state(relaxed, optimizer, key, images), device_memory)
+    weights = init_state(relaxed, optimizer, key, images, config.network.kernel_init)
+    weights = jax.device_put(weights, device_memory)
     variables = jax.device_put(init_variables(num_layers, len(candidates)), device_memory)
     probabilities = jax.jit(relax)
     undecided = probabilities(variables)

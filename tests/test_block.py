@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import to_float64
 
 from dgl_jax.block import Block, init_block_state, make_block_step
-from dgl_jax.config import LossConfig, OptimizerConfig
+from dgl_jax.config import LossConfig, OptimizerConfig, default_config, from_dict
+from dgl_jax.grouping import configured_blocks, configured_network
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods import METHODS
 from dgl_jax.optim import make_optimizer
@@ -201,6 +203,37 @@ def test_initial_weights_do_not_depend_on_the_cuts(small_network, small_head):
         layers[-1].append(head)
     for other in layers[1:]:
         jax.tree.map(np.testing.assert_array_equal, layers[0], other)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_he_normal_kernels_of_layers_and_heads(scan_layers):
+    """SEDONA's start: a variance of 2 / fan-in; nothing else than kernels is drawn anew."""
+    config = default_config()
+    config.network.name, config.network.width_factor = "resnet18", 0.5
+    config.network.scan_layers = scan_layers
+    config.partition.strategy, config.partition.num_blocks = "uniform", 2
+    config.auxiliary.name = "mlp_sr"
+    states = {}
+    for init in ("own", "he_normal"):
+        config.network.kernel_init = init
+        settings = from_dict(config.to_dict())
+        network = configured_network(settings, 10)
+        block, _ = configured_blocks(settings, network, (3,), ("mlp_sr",), 10)
+        x = jnp.zeros((2, 32, 32, 3))
+        states[init] = init_block_state(block, optax.sgd(0.1), jax.random.key(0), x)
+    leaves, _ = jax.tree.flatten_with_path(states["he_normal"].params)
+    count = 0
+    for (path, leaf), own in zip(leaves, jax.tree.leaves(states["own"].params), strict=True):
+        if path[-1].key != "kernel":
+            np.testing.assert_array_equal(leaf, own)
+            continue
+        is_stacked = leaf.ndim - (2 if "Dense" in str(path) else 4)
+        fan_in = np.prod(leaf.shape[is_stacked:-1])
+        if leaf.size > 5000:  # The deviation of a deviation is below 1 % then.
+            np.testing.assert_allclose(np.std(leaf), np.sqrt(2 / fan_in), rtol=0.05)
+            count += 1
+        assert np.all(np.asarray(leaf) != np.asarray(own))
+    assert count >= 6
 
 
 @pytest.mark.parametrize("cuts", [(0,), (1, 2)])

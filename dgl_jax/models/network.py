@@ -40,13 +40,16 @@ def train_argument(module: nn.Module, train: bool) -> dict[str, bool]:
     return {"train": train} if has_train else {}
 
 
-def init_module(module: nn.Module, key: jax.Array, x: jax.Array) -> tuple[Params, Params]:
+def init_module(
+    module: nn.Module, key: jax.Array, x: jax.Array, kernel_init: str = "own"
+) -> tuple[Params, Params]:
     """Initialises one module.
 
     Args:
       module: a flax.linen module.
       key: a typed random key.
       x: an example input, [B, ...].
+      kernel_init: ``he_normal`` draws all kernels anew by `he_normal_kernels`; ``own`` leaves them.
 
     Returns:
       ``(params, batch_stats)``; an empty dict where the module has none.
@@ -62,7 +65,23 @@ def init_module(module: nn.Module, key: jax.Array, x: jax.Array) -> tuple[Params
             f"module={type(module).__name__} has variables {sorted(variables)}: only 'params' "
             "and 'batch_stats' are supported; keep other state outside the module"
         )
-    return params, batch_stats
+    return he_normal_kernels(params, key) if kernel_init == "he_normal" else params, batch_stats
+
+
+def he_normal_kernels(params: Params, key: jax.Array) -> Params:
+    """Draws every kernel from He's normal distribution: a variance of 2 / fan-in.
+
+    Source: SEDONA's released code, of all networks and heads.
+    """
+    draw = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+    leaves, structure = jax.tree.flatten_with_path(params)
+    drawn = [
+        draw(jax.random.fold_in(key, place), leaf.shape, leaf.dtype)
+        if getattr(path[-1], "key", None) == "kernel"
+        else leaf
+        for place, (path, leaf) in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, drawn)
 
 
 def apply_module(

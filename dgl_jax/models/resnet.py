@@ -34,7 +34,7 @@ def resnet(
 
     Source: DGL Table 3; SEDONA's tables.
     Deviation: SEDONA's code draws all weights from He's normal by fan-in; here convolutions go by
-    fan-out and the linear layer starts as torch's does.
+    fan-out and the linear layer starts as torch's does, but with ``network.kernel_init=he_normal``.
     """
     block = BasicBlock if depth == 18 else BottleneckBlock
     return _staged_network(

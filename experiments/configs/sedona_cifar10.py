@@ -28,9 +28,7 @@ Known differences: learning rate 0.1 to 1e-3 and weight decay 1e-4 are defaults 
 whose commands leave all three blank for each method. It picks its best state by validation every
 100 steps and tests that; here the last is tested, once an epoch, and the best state is kept
 beside it. Label smoothing spreads over all classes, there over the wrong ones only. VGG's
-convolutions have biases here. There all convolutions and linear layers start from He's normal by
-fan-in; here those of SEDONA's heads do, the networks' convolutions go by fan-out, and the linear
-layers of ResNets, MLP-SR and PredSim heads are smaller (torch's default, 0.41 of He's deviation).
+convolutions have biases here.
 
 short: 100 steps of CIFAR-10, which show no more than that it learns: a minute or two on two CPU
 cores for VGG-19, some ten for ResNet-152.
@@ -58,6 +56,7 @@ def get_config(variant: str = ""):
     config.network.width_factor = 0.25
     if network == "vgg19":
         config.network.dropout = 0.5
+    config.network.kernel_init = "he_normal"
     config.partition.strategy = "uniform"
     config.partition.num_blocks = 4 if method == "backprop" else int(blocks.removeprefix("K="))
     if method == "predsim":

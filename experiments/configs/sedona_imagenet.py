@@ -50,6 +50,7 @@ def get_config(variant: str = ""):
     config.network.name = network
     config.network.form = "imagenet"
     config.network.dtype = "bfloat16"
+    config.network.kernel_init = "he_normal"
     config.partition.strategy = "uniform"
     config.partition.num_blocks = 2 if method == "backprop" else int(blocks.removeprefix("K="))
     config.auxiliary.name = "mlp_sr"

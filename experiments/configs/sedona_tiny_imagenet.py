@@ -50,6 +50,7 @@ def get_config(variant: str = ""):
     config.network.dtype = "bfloat16"
     if network == "vgg19":
         config.network.dropout = 0.5
+    config.network.kernel_init = "he_normal"
     config.partition.strategy = "uniform"
     config.partition.num_blocks = 4 if method == "backprop" else int(blocks.removeprefix("K="))
     config.auxiliary.name = "mlp_sr"
