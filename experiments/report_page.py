@@ -132,16 +132,17 @@ def _plot_values(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool
             bar = axes.errorbar(place, mean, error, fmt="o", color="C0", mfc=fill, capsize=3)
             if found["seeds"] == 1:
                 bar.lines[2][0].set_linestyle("--")
-        label = "mean and deviation over seeds (dashed: of one seed, assumed; hollow: runs missing)"
-        axes.plot([], [], "o", color="C0", label=label)
+        words = "mean and deviation over seeds (dashed: of one seed, assumed; hollow: runs missing)"
+        axes.set_title(words, fontsize=8)
     else:
         published = [row.published for row in members] if is_full else []
         axes.bar(places, means, width=0.5, label="measured", **errors)
-        axes.plot(places[: len(published)], published, "kD", label="published")
+        if published:
+            axes.plot(places, published, "kD", label="published")
         axes.set_ylim(min(means + published) - 2, max(means + published) + 2)
+        axes.legend(frameon=False, fontsize="small")
     axes.set_xticks(places, [row.label.replace("synchronous ", "") for row in members])
     axes.set_ylabel("test accuracy, %")
-    axes.legend(frameon=False, fontsize="small")
 
 
 _PLOTS = {
@@ -327,7 +328,10 @@ pre { background: #f4f4f4; padding: 8px; white-space: pre-wrap; overflow-wrap: a
 table { border-collapse: collapse; font-size: 13px }
 td, th { text-align: left; vertical-align: top; padding: 4px 8px; border-bottom: 1px solid #ddd;
   white-space: nowrap }
-.long { white-space: normal; min-width: 20em }
+th, .long { white-space: normal } .long { min-width: 20em }
+@media (max-width: 600px) {
+  td, th { padding: 4px; white-space: normal } .long, td:last-child { min-width: 11em }
+}
 .green td { background: #dcf2e1 } .red td { background: #fbdcd9 }
 .amber td { background: #fdf0cd } .grey td { color: #595959 }
 .last-green td:last-child { background: #dcf2e1 } .last-red td:last-child { background: #fbdcd9 }
