@@ -295,12 +295,12 @@ class SepConvAux(nn.Module):
 
     With p = C / reduction: Conv 1x1 of C to p, BatchNorm, ReLU, depthwise Conv 3x3 of stride 2,
     BatchNorm, ReLU; ``depth - 1`` inverted residuals, which widen by `reduction` inside, the
-    second of stride 2 and to p + p/2 channels, but on a map of one pixel; Conv 1x1 to `features`, BatchNorm, ReLU; global
-    average pool, Linear. Weights start from He's normal distribution.
+    second of stride 2 and to p + p/2 channels unless the map is one pixel; Conv 1x1 to `features`,
+    BatchNorm, ReLU; global average pool, Linear. Weights start from He's normal distribution.
 
     Source: SEDONA's released code; the search chooses among depths 1 to 4.
-    Deviation: with a reduction of 1, residuals have no first 1x1 convolution there, and the second
-    widens to 2p.
+    Deviation: with a reduction of 1, residuals have no first 1x1 convolution in the released code,
+    and the second widens to 2p.
 
     Attributes:
       num_classes: the output's width.

@@ -72,7 +72,7 @@ class NetworkConfig:
     # What layers and heads compute in; parameters, statistics and losses stay float32.
     dtype: str = "float32"
     # How kernels of layers and heads start: "own", each as its module says, or "he_normal", all
-    # from He's normal distribution by fan-in, as in SEDONA's code.
+    # from He's normal distribution by fan-in, as in SEDONA's code, also those that start at zero.
     kernel_init: str = "own"
     # Whether runs of equal layers are loops: a deep network compiles faster.
     scan_layers: bool = False

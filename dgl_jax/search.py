@@ -116,16 +116,18 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     images = jnp.zeros((settings.batch_size, *train.image_shape))
     # Committed to the device, as what a step returns is: its program is then compiled once.
     device_memory = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    weights = init_state(relaxed, optimizer, key, images, config.network.kernel_init)
-    weights = jax.device_put(weights, device_memory)
-    variables = jax.device_put(init_variables(num_layers, len(candidates)), device_memory)
+    variables = init_variables(num_layers, len(candidates))
+    weights, outer_state = jax.device_put(
+        (
+            init_state(relaxed, optimizer, key, images, config.network.kernel_init),
+            OuterState(variables, outer_optimizer.init(variables)),
+        ),
+        device_memory,
+    )
     probabilities = jax.jit(relax)
-    undecided = probabilities(variables)
+    undecided = probabilities(outer_state.variables)
     snapshot_memory = _snapshot_memory(settings, weights)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-    outer_state = OuterState(
-        variables, jax.device_put(outer_optimizer.init(variables), device_memory)
-    )
     # Until pretraining gets to them, the snapshots are the first weights, so that every
     # checkpoint has one structure.
     snapshots = [jax.device_put(copy(weights), snapshot_memory)] * settings.num_snapshots

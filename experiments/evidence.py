@@ -132,7 +132,7 @@ def _file(name: str) -> dict:
 
 def assumed_spread(row: Row, is_reduced: bool = False) -> float:
     """The standard deviation of a row's single seed, at the full or a reduced setting."""
-    if row.unit == FLOPS:
+    if row.unit == FLOPS or row.quantity == "rate_sum":
         return 0.0
     if row.unit == DISTANCE:
         return DISTANCE_SPREAD
@@ -344,8 +344,8 @@ CLAIMS = (
           "Proposition 3.1",
           tuple(Comparison(0.05, f"sequential, inputs of block {block}, after a tenth")
                 for block in (1, 2, 3))),
-    Claim("With DGL the weighted sum of squared gradient norms converges, and not by the falling "
-          "rates alone: more of it lies in the first half than of the sum of the rates.",
+    Claim("With DGL gradient norms fall: of the sum of their squares, weighted by the learning rates, "
+          "more lies in the first half of training than of the sum of the rates alone.",
           "Proposition 3.1",
           tuple(Comparison(f"DGL, sum of block {block}, after a half",
                            "DGL, rates alone, after a half") for block in range(4))),

@@ -114,7 +114,7 @@ def _styles(members: Mapping[evidence.Row, Any]) -> dict[str, str]:
 def _plot_values(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool) -> None:
     """Means and deviations in the item's order; bars beside published figures, else points.
 
-    A point is hollow where a seed lacks runs; its bar is dashed where the deviation is assumed.
+    A point is hollow where a seed lacks runs; errors are dashed where the deviation is assumed.
     """
     axes = figure.subplots()
     points = [point(row, found) for row, found in members.items()]
@@ -124,19 +124,20 @@ def _plot_values(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool
         else found["deviation"]
         for row, found in zip(members, points)
     ]  # fmt: skip
-    errors = {"yerr": deviations, "capsize": 3}
-    if next(iter(members)).published is None:
-        for row, found, mean, place, error in zip(members, points, means, places, deviations):
-            is_whole = len(found["runs"]) == found["seeds"] * len(evidence.configurations(row))
-            fill = "C0" if is_whole else "white"
-            bar = axes.errorbar(place, mean, error, fmt="o", color="C0", mfc=fill, capsize=3)
-            if found["seeds"] == 1:
-                bar.lines[2][0].set_linestyle("--")
-        words = "mean and deviation over seeds (dashed: of one seed, assumed; hollow: runs missing)"
-        axes.set_title(words, fontsize=8)
-    else:
+    has_bars = next(iter(members)).published is not None
+    for row, found, mean, place, error in zip(members, points, means, places, deviations):
+        is_whole = len(found["runs"]) == found["seeds"] * len(evidence.configurations(row))
+        look = {"color": "black" if has_bars else "C0", "mfc": "C0" if is_whole else "white"}
+        drawn = axes.errorbar(place, mean, error, fmt="" if has_bars else "o", capsize=3, **look)
+        if found["seeds"] == 1:
+            drawn.lines[2][0].set_linestyle("--")
+    axes.set_title(
+        "mean and deviation over seeds (dashed: of one seed, assumed; hollow: runs missing)",
+        fontsize=8,
+    )
+    if has_bars:
         published = [row.published for row in members] if is_full else []
-        axes.bar(places, means, width=0.5, label="measured", **errors)
+        axes.bar(places, means, width=0.5, label="measured")
         if published:
             axes.plot(places, published, "kD", label="published")
         axes.set_ylim(min(means + published) - 2, max(means + published) + 2)
@@ -167,8 +168,8 @@ _RULES = (
     f"{evidence.NEAR:g} % beyond, and differs (red) further on. Where there is one seed, published "
     f"or ours, a standard deviation of {evidence.SPREAD:g} % is assumed, of "
     f"{evidence.EARLY_SPREAD:g} % before the end, of {evidence.REDUCED_SPREAD:g} % at the end of "
-    f"reduced settings (of distances {evidence.DISTANCE_SPREAD:g}, of FLOPs none). Measured: the "
-    "mean over seeds ± their standard deviation (of a sample); a seed's value is the mean over its "
+    f"reduced settings (of distances {evidence.DISTANCE_SPREAD:g}, of FLOPs and rates none). "
+    "Measured: the mean over seeds ± their standard deviation (of a sample); a seed's value is the mean over its "
     "runs. A run "
     f"counts for a row if its configuration is the row's but for {', '.join(NOT_LEARNED)}. "
     "Reduced settings, fewer epochs or a word such as short, are other experiments: what they say "

@@ -1,5 +1,7 @@
 """The block step against Algorithm 1 written out in numpy, with its backward pass by hand."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -234,6 +236,10 @@ def test_he_normal_kernels_of_layers_and_heads(scan_layers):
             count += 1
         assert np.all(np.asarray(leaf) != np.asarray(own))
     assert count >= 6
+    kernels = [np.asarray(leaf) for path, leaf in leaves if path[-1].key == "kernel"]
+    layers = [k for stack in kernels for k in (stack if stack.ndim > 4 else [stack])]
+    same_shape = [(a, b) for a, b in itertools.combinations(layers, 2) if a.shape == b.shape]
+    assert same_shape and not any(np.array_equal(a, b) for a, b in same_shape)
 
 
 @pytest.mark.parametrize("cuts", [(0,), (1, 2)])

@@ -185,7 +185,7 @@ def test_our_figures_are_those_of_the_results():
         assert missing == [], page.name
 
 
-def test_figures_beside_the_papers_claims_are_those_of_the_report():
+def test_figures_beside_the_papers_claims_are_in_the_report():
     section = (_ROOT / "README.md").read_text().partition("## The papers' claims")[2]
     results = _ROOT / "experiments" / "results"
     texts = [(results / name).read_text() for name in ("report/report.md", "sedona_short.md")]

@@ -10,7 +10,7 @@ import optax
 import pytest
 from conftest import SmallHead, SmallLayer
 
-from dgl_jax.block import forward, init_block_state
+from dgl_jax.block import Block, forward, init_block_state
 from dgl_jax.config import LossConfig
 from dgl_jax.losses import make_loss_fn
 from dgl_jax.methods.dgl import make_blocks
@@ -68,6 +68,19 @@ def both(float64):
         )
     )
     return state, batch, gradient
+
+
+@pytest.mark.parametrize("kernel_init", ["own", "he_normal"])
+def test_layers_and_head_start_as_those_of_a_block(kernel_init):
+    optimizer, key, x = optax.sgd(0.1), jax.random.key(0), jnp.zeros((6, 4, 4, 2))
+    relaxed = relaxed_network(_NETWORK, _CANDIDATES, _LOSS)
+    params = init_state(relaxed, optimizer, key, x, kernel_init).params
+    block = Block(0, 0, _NETWORK.layers, _NETWORK.head, None, kernel_init=kernel_init)
+    expected = init_block_state(block, optimizer, key, x).params
+    for part in ("layers", "head"):  # But for rounding: there each module is one program.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params[part], expected[part]
+        )
 
 
 def _decisions(signal, head):

@@ -400,6 +400,9 @@ def test_a_claim_at_a_reduced_setting_stands_apart(tmp_path):
     claim = _claim(content, _DNI)
     assert claim["verdict"] == "not run" and claim["reduced"]["short"]["verdict"] == "holds"
     assert "| short: holds " in (tmp_path / "out" / "report.md").read_text()
+    page = _Page((tmp_path / "out" / "report.html").read_text())
+    (colour,) = [colour for colour, cells in page.rows if claim["sentence"] in cells[1]]
+    assert colour == "grey last-green"  # Not run, but what was run of it holds.
     for seed in (1, 2):  # Of one seed 1.1 % is assumed, where the full setting has a half.
         for method in ("dgl", "cdni"):
             shutil.rmtree(tmp_path / "runs" / f"{method}_{seed}")

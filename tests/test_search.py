@@ -124,7 +124,12 @@ def test_a_killed_search_goes_on_bitwise(
     assert not json.loads((tmp_path / "summary.json").read_text())["finished"]
     monkeypatch.setattr(checkpoint, "save", save)
     # Where snapshots lie changes no number, and may change on the way.
-    gone_on = search(_config(arrays_path, snapshot_memory="host"), str(tmp_path))
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        gone_on = search(_config(arrays_path, snapshot_memory="host"), str(tmp_path))
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA" in r.getMessage()]
+    # Of pretraining where it is left, of the search, and of backprop, which is timed.
+    assert sum("jit(step)" in line for line in compiled) == (3 if killed_after == 4 else 2)
     folder, uninterrupted, _ = finished
     assert gone_on["variables_sha256"] == uninterrupted["variables_sha256"]
     assert gone_on["snapshot_memory"] == "pinned_host"

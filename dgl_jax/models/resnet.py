@@ -33,8 +33,9 @@ def resnet(
       dtype: of the computation; None for the promoted dtype of input and parameters.
 
     Source: DGL Table 3; SEDONA's tables.
-    Deviation: SEDONA's code draws all weights from He's normal by fan-in; here convolutions go by
-    fan-out and the linear layer starts as torch's does, but with ``network.kernel_init=he_normal``.
+    Deviation: SEDONA's code draws all weights from He's normal by fan-in; here, unless
+      ``network.kernel_init=he_normal``, convolutions go by fan-out and the linear layer starts as
+      torch's does.
     """
     block = BasicBlock if depth == 18 else BottleneckBlock
     return _staged_network(

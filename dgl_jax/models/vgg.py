@@ -36,8 +36,8 @@ def vgg(
       dtype: of the computation; None for the promoted dtype of input and parameters.
 
     Source: DGL Table 3 (no dropout); SEDONA's CIFAR-10 and Tiny-ImageNet tables.
-    Deviation: SEDONA's code draws convolutions from He's normal by fan-in, here it is fan-out, but
-    with ``network.kernel_init=he_normal``.
+    Deviation: SEDONA's code draws convolutions from He's normal by fan-in, here it is fan-out
+      unless ``network.kernel_init=he_normal``.
     """
     layers = []
     for group_index, (size, width) in enumerate(

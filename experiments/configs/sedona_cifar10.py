@@ -30,8 +30,8 @@ whose commands leave all three blank for each method. It picks its best state by
 beside it. Label smoothing spreads over all classes, there over the wrong ones only. VGG's
 convolutions have biases here.
 
-short: 100 steps of CIFAR-10, which show no more than that it learns: a minute or two on two CPU
-cores for VGG-19, some ten for ResNet-152.
+short: 100 steps of CIFAR-10 from each module's own initial weights, which show no more than that it
+learns: a minute or two on two CPU cores for VGG-19, some ten for ResNet-152.
 """
 
 import pathlib
@@ -56,7 +56,8 @@ def get_config(variant: str = ""):
     config.network.width_factor = 0.25
     if network == "vgg19":
         config.network.dropout = 0.5
-    config.network.kernel_init = "he_normal"
+    if budget == "full":
+        config.network.kernel_init = "he_normal"
     config.partition.strategy = "uniform"
     config.partition.num_blocks = 4 if method == "backprop" else int(blocks.removeprefix("K="))
     if method == "predsim":

@@ -50,7 +50,8 @@ def get_config(variant: str = ""):
     config.network.name = network
     config.network.form = "imagenet"
     config.network.dtype = "bfloat16"
-    config.network.kernel_init = "he_normal"
+    if budget == "full":
+        config.network.kernel_init = "he_normal"
     config.partition.strategy = "uniform"
     config.partition.num_blocks = 2 if method == "backprop" else int(blocks.removeprefix("K="))
     config.auxiliary.name = "mlp_sr"

@@ -6,9 +6,9 @@
 Words: sedona, dgl, backprop (the method); vgg19, resnet50, resnet101, resnet152; K=4, K=2 (blocks;
 not of backprop); full, short.
 
-TFDS has no Tiny-ImageNet of its own: TFDS_DIR holds a prepared set ``tiny_imagenet`` whose features
-say 64x64 (without a fixed shape it would be streamed, with other crops), or --config.data.name=arrays
-and --config.data.data_dir=FILE.npz name one.
+TFDS has no Tiny-ImageNet of its own: TFDS_DIR holds a prepared set ``tiny_imagenet`` whose
+features say 64x64 (without a fixed shape it would be streamed, with other crops), or
+--config.data.name=arrays and --config.data.data_dir=FILE.npz name one.
 
 Expected (SEDONA's Table 2, K = 4, as TRGL quotes it; test accuracy, %):
 
@@ -50,7 +50,8 @@ def get_config(variant: str = ""):
     config.network.dtype = "bfloat16"
     if network == "vgg19":
         config.network.dropout = 0.5
-    config.network.kernel_init = "he_normal"
+    if budget == "full":
+        config.network.kernel_init = "he_normal"
     config.partition.strategy = "uniform"
     config.partition.num_blocks = 4 if method == "backprop" else int(blocks.removeprefix("K="))
     config.auxiliary.name = "mlp_sr"

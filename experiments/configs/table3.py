@@ -18,8 +18,8 @@ dropout in the backprop rows only, which are torchvision's networks.
 
 Known differences: bfloat16 instead of float16 with a loss scale; an epoch leaves out its last,
 partial batch; heads start as torch's layers do, there from He's normal by fan-out and N(0, 0.01).
-The official backprop counts epochs from 1, so that its rate drops one epoch earlier. The official MLP-SR head of
-ResNet-152 pools 14x14 to 2x2 by a slip before its 1x1 convolutions; ours to 4x4.
+The official backprop counts epochs from 1, so that its rate drops one epoch earlier. The official
+MLP-SR head of ResNet-152 pools 14x14 to 2x2 by a slip before its 1x1 convolutions; ours to 4x4.
 
 short: Imagenette (imagenette/320px-v2 in TFDS_DIR) at 64x64, a quarter of the width, two epochs, in
 float32: 10 classes; with 3,000 of its images a few minutes on two CPU cores.
