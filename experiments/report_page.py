@@ -15,14 +15,15 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from run_folders import (
+    CURVES,
     FULL,
     NOT_LEARNED,
     Run,
-    curve_of,
     group,
     learning_curve,
     point,
 )
+from verdicts import with_deviation
 
 from dgl_jax.plots import STYLE
 from dgl_jax.tables import markdown
@@ -94,7 +95,7 @@ def _plot_theorem(figure: Any, members: Mapping[evidence.Row, Any], is_full: boo
         if quantity == "rate_sum":
             color, label = "black", f"{method}, rates alone"
         for same in found.values():
-            curve = np.reshape(curve_of(quantity, same[0], block), (-1, 2))
+            curve = np.reshape(CURVES[quantity](same[0], block), (-1, 2))
             if axes is sum_axes and len(curve):
                 curve = curve * [1, 100 / curve[-1, 1]]
             axes.plot(*curve.T, styles[config], color=color, lw=1.2)
@@ -117,19 +118,17 @@ def _plot_values(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool
     A point is hollow where a seed lacks runs; errors are dashed where the deviation is assumed.
     """
     axes = figure.subplots()
-    points = [point(row, found) for row, found in members.items()]
-    means, places = [found["mean"] for found in points], range(len(points))
-    deviations = [
-        evidence.assumed_spread(row, not is_full) if found["deviation"] is None
-        else found["deviation"]
-        for row, found in zip(members, points)
-    ]  # fmt: skip
+    points = [
+        with_deviation(row, point(row, found), is_reduced=not is_full)
+        for row, found in members.items()
+    ]
+    means, places = [found.mean for found in points], range(len(points))
     has_bars = next(iter(members)).published is not None
-    for row, found, mean, place, error in zip(members, points, means, places, deviations):
-        is_whole = len(found["runs"]) == found["seeds"] * len(evidence.configurations(row))
+    for place, (mean, deviation, seeds, is_whole) in enumerate(points):
         look = {"color": "black" if has_bars else "C0", "mfc": "C0" if is_whole else "white"}
-        drawn = axes.errorbar(place, mean, error, fmt="" if has_bars else "o", capsize=3, **look)
-        if found["seeds"] == 1:
+        look |= {"fmt": "" if has_bars else "o", "capsize": 3}
+        drawn = axes.errorbar(place, mean, deviation, **look)
+        if seeds == 1:
             drawn.lines[2][0].set_linestyle("--")
     axes.set_title(
         "mean and deviation over seeds (dashed: of one seed, assumed; hollow: runs missing)",
@@ -169,8 +168,8 @@ _RULES = (
     f"or ours, a standard deviation of {evidence.SPREAD:g} % is assumed, of "
     f"{evidence.EARLY_SPREAD:g} % before the end, of {evidence.REDUCED_SPREAD:g} % at the end of "
     f"reduced settings (of distances {evidence.DISTANCE_SPREAD:g}, of FLOPs and rates none). "
-    "Measured: the mean over seeds ± their standard deviation (of a sample); a seed's value is the mean over its "
-    "runs. A run "
+    "Measured: the mean over seeds ± their standard deviation (of a sample); a seed's value is "
+    "the mean over its runs. A run "
     f"counts for a row if its configuration is the row's but for {', '.join(NOT_LEARNED)}. "
     "Reduced settings, fewer epochs or a word such as short, are other experiments: what they say "
     "of a claim stands apart, and judges nothing."

@@ -198,25 +198,22 @@ def gradient_sum(run: Run, block: int) -> list[tuple[float, float]]:
     return _curve(run, block, _metrics(run), key)
 
 
-def rate_sum(run: Run) -> list[tuple[float, float]]:
+def rate_sum(run: Run, block: int) -> list[tuple[float, float]]:
     """(Epochs of a block's own updates, sum of the learning rates), by the run's configuration.
 
-    Empty where there is no gradient_sum to compare with.
+    The same for all blocks. Empty where there is no gradient_sum to compare with.
     """
+    del block
     if not run.config.train.log_gradient_norm:
         return []
     steps_per_epoch = round(run.updates / run.summary["epochs"])
     schedule = make_schedule(run.config.optimizer, run.updates, steps_per_epoch)
-    rates = np.broadcast_to(jax.vmap(schedule)(jnp.arange(run.updates)), run.updates)
-    sums = np.cumsum(rates, dtype=np.float64)
+    rates = np.asarray(jax.vmap(schedule)(jnp.arange(run.updates)), np.float64)
+    sums = np.cumsum(rates)
     return [((step + 1) / steps_per_epoch, float(total)) for step, total in enumerate(sums)]
 
 
-def curve_of(quantity: str, run: Run, block: int) -> list[tuple[float, float]]:
-    """Of "input_drift", "gradient_sum" or "rate_sum", by the function of that name."""
-    if quantity == "rate_sum":
-        return rate_sum(run)
-    return {"input_drift": input_drift, "gradient_sum": gradient_sum}[quantity](run, block)
+CURVES = {"input_drift": input_drift, "gradient_sum": gradient_sum, "rate_sum": rate_sum}
 
 
 def _metrics(run: Run) -> list[dict[str, Any]]:
@@ -236,7 +233,7 @@ def _curve(
 def value_of(row: evidence.Row, run: Run) -> float | None:
     """A row's number in one run; None if it was not evaluated within half an epoch."""
     if row.share is not None:
-        curve = curve_of(row.quantity, run, row.block)
+        curve = CURVES[row.quantity](run, row.block)
         value = _at(row.share * run.summary["epochs"], curve)
         is_part = value is not None and row.unit == evidence.PART
         return 100 * value / curve[-1][1] if is_part else value

@@ -23,7 +23,7 @@ def judge(row: evidence.Row, measured: Mapping[str, Any] | None) -> dict[str, An
     if row.published is None:
         return {"verdict": "no number published", "colour": "plain"} | nothing
     difference = measured["mean"] - row.published
-    ours = _measured(row, measured)
+    ours = with_deviation(row, measured)
     theirs = evidence.assumed_spread(row) if row.spread is None else row.spread
     error = 2 * math.sqrt(ours.deviation**2 / ours.seeds + theirs**2)
     side, beyond = "above" if difference > 0 else "below", abs(difference) - error
@@ -57,12 +57,14 @@ def measure(runs: Sequence[Run], others: Mapping[str, str]) -> dict[str, Any]:
     for claim in evidence.CLAIMS:
         item = next(item for item in evidence.ITEMS if item.name == claim.item)
         rows = list(zip(item.rows, next(i["rows"] for i in items if i["name"] == claim.item)))
-        full = {row.label: _measured(row, one["measured"]) for row, one in rows if one["measured"]}
+        full = {
+            row.label: with_deviation(row, one["measured"]) for row, one in rows if one["measured"]
+        }
         reduced = {}
         for row, one in rows:
             for setting, found in one["reduced"].items():
                 short = setting if setting in row.short else ""
-                measured = _measured(row, found, short, is_reduced=True)
+                measured = with_deviation(row, found, short, is_reduced=True)
                 reduced.setdefault(setting, {})[row.label] = measured
         words = _decided(claim, full)
         words |= {"reduced": {s: _decided(claim, found) for s, found in sorted(reduced.items())}}
@@ -80,9 +82,10 @@ def _decided(claim: evidence.Claim, measured: Mapping[str, evidence.Measured]) -
     return {"verdict": verdict, "colour": _COLOURS[verdict], "comparisons": compared}
 
 
-def _measured(
+def with_deviation(
     row: evidence.Row, found: Mapping[str, Any], short: str = "", is_reduced: bool = False
 ) -> evidence.Measured:
+    """A point with the deviation that is assumed where it has none, and whether it is whole."""
     deviation = found["deviation"]
     deviation = evidence.assumed_spread(row, is_reduced) if deviation is None else deviation
     # Of each seed that counts, as many configurations as of any other.
