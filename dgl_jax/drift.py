@@ -23,21 +23,23 @@ from dgl_jax.types import BlockState
 _BIN_WIDTH, _NUM_BINS = 0.25, 48
 
 
-def channel_histograms(activations: jax.Array) -> jax.Array:
+def channel_histograms(activations: jax.Array, mask: jax.Array) -> jax.Array:
     """Each channel's density over a batch, binned.
 
     Args:
       activations: float [B, ..., C].
+      mask: float32 or bool [B], zero where an image only fills up the batch.
 
     Returns:
       float32 [C, 48], each row sums to 1.
     """
     num_channels = activations.shape[-1]
     x = activations.astype(jnp.float32).reshape(-1, num_channels)
+    weights = jnp.repeat(mask.astype(jnp.float32), x.shape[0] // len(mask))
     bins = jnp.floor(jnp.arcsinh(x) / _BIN_WIDTH).astype(jnp.int32) + _NUM_BINS // 2
     bins = jnp.clip(bins, 0, _NUM_BINS - 1)
-    one_channel = lambda column: jnp.bincount(column, length=_NUM_BINS)
-    return jax.vmap(one_channel, in_axes=1)(bins) / jnp.float32(x.shape[0])
+    one_channel = lambda column: jnp.bincount(column, weights, length=_NUM_BINS)
+    return jax.vmap(one_channel, in_axes=1)(bins) / jnp.sum(weights)
 
 
 def density_distance(histograms: np.ndarray, others: np.ndarray) -> float:
@@ -56,24 +58,25 @@ def density_distance(histograms: np.ndarray, others: np.ndarray) -> float:
 
 def make_probe(
     blocks: Sequence[Block], placements: Sequence[BlockPlacement]
-) -> Callable[[Sequence[BlockState], jax.Array], list[jax.Array]]:
-    """Returns ``probe(block_states, images)``: the histograms of each block's output."""
+) -> Callable[[Sequence[BlockState], jax.Array, jax.Array], list[jax.Array]]:
+    """Returns ``probe(block_states, images, mask)``: the histograms of each block's output."""
 
     def make_program(block, placement):
         feed = make_block_feed(block)
 
-        def program(state, x):
+        def program(state, x, mask):
             x = feed(state, x)
-            return x, channel_histograms(x)
+            return x, channel_histograms(x, mask)
 
         return block_program(program, placement, (placement.batch, placement.state))
 
     programs = [make_program(*pair) for pair in zip(blocks, placements, strict=True)]
 
-    def probe(block_states, images):
+    def probe(block_states, images, mask):
         x, histograms = images, []
         for program, state, placement in zip(programs, block_states, placements, strict=True):
-            x, histogram = program(state, move(x, placement.batch))
+            mask = move(mask, placement.batch)
+            x, histogram = program(state, move(x, placement.batch), mask)
             histograms.append(histogram)
         return histograms
 

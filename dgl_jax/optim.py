@@ -43,8 +43,9 @@ def make_schedule(config: OptimizerConfig, num_steps: int, steps_per_epoch: int)
 
 
 def drop_steps(config: OptimizerConfig, steps_per_epoch: int) -> list[int]:
-    """The steps whose update is the first with a lower learning rate."""
-    return [round(epoch * steps_per_epoch) for epoch in config.drop_epochs]
+    """The steps whose update is the first with a lower learning rate; those past int32 never come."""
+    steps = [round(epoch * steps_per_epoch) for epoch in config.drop_epochs]
+    return [step for step in steps if step < 2**31]
 
 
 def make_optimizer(

@@ -46,7 +46,7 @@ def make_placements(
       config: what the user asked for.
       num_blocks: K.
       devices_per_block: of each block; empty for the configuration's own, which may be empty too.
-      devices: those to choose from; all of this host's by default.
+      devices: those to choose from; all of the run's, of every process, by default.
 
     Returns:
       One placement a block.

@@ -20,7 +20,8 @@ def previous_run(config: Config | SearchConfig, workdir: str) -> dict[str, Any] 
       None for a new run; else ``{"config": ..., "summary": ...}``, the files as loaded.
 
     Raises:
-      UserError: the folder can't be made, its files can't be parsed, or its run is another.
+      UserError: the folder can't be made or written, its files can't be parsed, or its run is
+        another.
     """
     try:
         os.makedirs(workdir, exist_ok=True)
@@ -29,18 +30,27 @@ def previous_run(config: Config | SearchConfig, workdir: str) -> dict[str, Any] 
             f"workdir={workdir} cannot be made ({error.strerror}); choose another --workdir"
         ) from error
     previous = read_json(workdir, "config")
+    # A run killed at its very start has no summary yet.
+    summary = read_json(workdir, "summary") or {}
+    if not (summary.get("finished") or os.access(workdir, os.W_OK)):
+        raise UserError(f"workdir={workdir} cannot be written; choose another --workdir")
     if previous is None:
         return None
+    is_search = isinstance(config, SearchConfig)
+    if ("search" in previous) != is_search:
+        raise UserError(
+            f"workdir={workdir} holds a {'run of training' if is_search else 'search'}; "
+            "choose another --workdir"
+        )
     check_same_run(config, previous, workdir)
-    # A run killed at its very start has no summary yet.
-    return {"config": previous, "summary": read_json(workdir, "summary") or {}}
+    return {"config": previous, "summary": summary}
 
 
 def read_json(workdir: str, name: str) -> dict[str, Any] | None:
     """``config`` or ``summary``, as a run has written it; None where there is none.
 
     Raises:
-      UserError: it can't be parsed.
+      UserError: it can't be read or parsed.
     """
     path = os.path.join(workdir, f"{name}.json")
     try:
@@ -48,7 +58,7 @@ def read_json(workdir: str, name: str) -> dict[str, Any] | None:
             content = json.load(file)
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be parsed ({error}); put back what the run wrote, or choose "
             "another --workdir"

@@ -141,11 +141,14 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
 
     # ---- What the folder holds already is gone on with.
     saved = _to_save(outer_state, weights, snapshots)
-    checkpoint.check_disk_space(workdir, saved, num_checkpoints=2)
+    num_steps = num_pretraining + num_outer
+    checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
+    if checkpointer.latest is None or checkpointer.latest.step < num_steps:
+        num_missing = max(0, 2 - len(checkpointer.checkpoints))  # Latest and next.
+        checkpoint.check_disk_space(workdir, saved, num_checkpoints=num_missing)
     config_json = json.dumps(to_dict(config), indent=2)
     metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
     write_summary(workdir, {"finished": False})
-    checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
     first_step = 0
     record = {"pretraining_seconds": 0.0, "outer_seconds": 0.0, "compile_seconds": 0.0}
     restored = checkpoint.restore_latest(checkpointer, saved)
@@ -160,10 +163,12 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
             )
         ]
     del saved
-    num_steps = num_pretraining + num_outer
     checkpoint_every = config.checkpoint.every_steps or max(1, num_steps // 20)
     keep_after = {step: index for index, step in enumerate(snapshot_steps(settings))}
     log = _SearchLog(workdir, first_step, num_steps)
+
+    def wall_seconds():  # Of this process and those before it; an older checkpoint has none.
+        return record.get("wall_seconds", 0.0) + time.perf_counter() - start_time
 
     # ---- The loop. The host only dispatches; the guard proves that nothing crosses between
     # host and devices unasked.
@@ -204,7 +209,8 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
                 record["compile_seconds"] += compiled - compiled_before
                 clock, compiled_before = now, compiled
                 saved = _to_save(outer_state, weights, snapshots)
-                checkpoint.save(checkpointer, step, saved, top1=None, record=record)
+                now = record | {"wall_seconds": wall_seconds()}
+                checkpoint.save(checkpointer, step, saved, top1=None, record=now)
                 del saved
         checkpointer.wait()
         batch = train.batch_at(0)
@@ -261,7 +267,7 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
         "backprop_step_seconds": backprop_seconds,
         "backprop_steps": settings.backprop_steps,
         "cost_in_backprop_trainings": search_seconds / training_seconds,
-        "wall_seconds": time.perf_counter() - start_time,
+        "wall_seconds": wall_seconds(),
         "snapshot_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(snapshots)),
         "snapshot_memory": snapshot_memory.memory_kind,
         "peak_memory_bytes": cost.peak_memory_bytes(),

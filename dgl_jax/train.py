@@ -180,7 +180,9 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
 
     # ---- What the folder holds already is gone on with.
     os.makedirs(workdir, exist_ok=True)
-    checkpoint.check_disk_space(workdir, state, num_checkpoints=3)  # Latest, best and next.
+    checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
+    num_missing = max(0, 3 - len(checkpointer.checkpoints))  # Latest, best and next.
+    checkpoint.check_disk_space(workdir, state, num_checkpoints=num_missing)
     resolved = {
         "cuts": list(cuts),
         "heads": list(head_names) if config.method.name in LOCAL_METHODS else [],
@@ -197,7 +199,6 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
         unfinished = {"finished": False, "method": config.method.name, "cuts": list(cuts)}
         write_summary(workdir, unfinished)
-    checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
     step = 0
     seconds = {"wall_seconds": 0.0, "compile_seconds": 0.0, "train_seconds": 0.0}
     record = seconds | {"timed_steps": 0, "totals": {}}
@@ -228,18 +229,19 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
 
     splits = ("test", "validation") if dataset.num_validation else ("test",)
 
-    def evaluate_all(step):
+    def evaluate_all(step, writer):
         results = {split: evaluate(state.blocks, dataset.eval_batches(split)) for split in splits}
         if config.eval.log_drift:
-            images, _, _ = next(iter(dataset.eval_batches("test")))
-            histograms = fetch(probe(state.blocks, images))
+            images, _, mask = next(iter(dataset.eval_batches("test")))
+            histograms = fetch(probe(state.blocks, images, mask))
         if not is_main:
             return None
         for split, means in results.items():
             for block, loss in zip(classifiers, means["loss"]):
                 if not math.isfinite(loss):
                     raise not_finite_error(f"{split}/block_{block}/loss={loss}", step)
-            writer.write(step, _flat_names(split, means, classifiers))
+            if writer is not None:
+                writer.write(step, _flat_names(split, means, classifiers))
         if config.eval.log_drift:
             drift.save_histograms(workdir, step, histograms)
         return results
@@ -324,21 +326,22 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
                         profiles = False
                         _stop_profile()
                 state = runner.snapshot(state)
-                results, is_evaluated = evaluate_all(step) if is_eval else None, is_eval
+                results, is_evaluated = evaluate_all(step, writer) if is_eval else None, is_eval
                 # Orbax keeps the best: all processes must say the same.
                 top1 = distributed.agree(results[splits[-1]]["top1"][-1] if results else None)
                 save(step, state, top1=top1)
                 # Blocks that have no tasks but decide themselves have trained on meanwhile.
                 clock, clock_step = time.perf_counter() if tasks else now, step
-        if not is_evaluated:  # The run had been killed after its last checkpoint.
-            results = evaluate_all(step)
+        if not is_evaluated:  # The run had been killed after its last checkpoint: it is written.
+            results = evaluate_all(step, None)
         checkpointer.wait()
         best_step = checkpoint.best_step(checkpointer)
         runner.close()  # No worker reads the stream any more.
         batch = dataset.batch_at(0) if config.eval.time_blocks else None
 
     # ---- What came of it.
-    compile_seconds = all_seconds()["compile_seconds"]
+    # What follows is not training.
+    compile_seconds, peak_memory = all_seconds()["compile_seconds"], cost.peak_memory_bytes()
     costs = cost.block_costs(blocks, image_shape)
     step_seconds = None
     if batch is not None:
@@ -382,7 +385,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         ),
         "wall_seconds": all_seconds()["wall_seconds"],
         "compile_seconds": compile_seconds,
-        "peak_memory_bytes": cost.peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory,
         "aux_flops_ratio": cost.aux_flops_ratios(costs),
         "block_flops": [block.layers_flops for block in costs],
         "head_flops": [block.head_flops for block in costs],

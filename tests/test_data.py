@@ -837,6 +837,12 @@ def test_errors_of_the_arrays_file(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"not a zip")
     with pytest.raises(UserError, match="must be a readable .npz file"):
         load_tiny(str(tmp_path / "a.npz"))
+    np.savez_compressed(tmp_path / "a.npz", x_train=TRAIN_IMAGES)
+    damaged = bytearray((tmp_path / "a.npz").read_bytes())
+    damaged[30 + sum(damaged[26:30:2])] = 0xFF  # The first byte after the file's header.
+    (tmp_path / "a.npz").write_bytes(damaged)
+    with pytest.raises(UserError, match="must be a readable .npz file .*invalid block type"):
+        load_tiny(str(tmp_path / "a.npz"))
     np.save(tmp_path / "b.npy", TRAIN_IMAGES)
     with pytest.raises(UserError, match="must be a readable .npz file .one array"):
         load_tiny(str(tmp_path / "b.npy"))

@@ -106,6 +106,9 @@ def test_schedules():
 
 def test_drops_are_at_the_nearest_step():
     assert drop_steps(OptimizerConfig(drop_epochs=(0.5, 1.5)), 391) == [196, 586]
+    never = OptimizerConfig(drop_epochs=(1.0, 1e9), drop_factor=0.5, learning_rate=1.0)
+    assert drop_steps(never, 391) == [391]
+    assert float(make_schedule(never, num_steps=500, steps_per_epoch=391)(500)) == 0.5
 
 
 def test_kernels_are_told_from_biases_and_scales():

@@ -1,8 +1,10 @@
 """The search as a run: its files, its snapshots, and that a killed one goes on bitwise."""
 
+import collections
 import json
 import logging
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -11,9 +13,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dgl_jax import checkpoint
 from dgl_jax import search as search_module
-from dgl_jax.config import SearchConfig, SearchSettings, from_dict, to_dict
+from dgl_jax.config import Config, SearchConfig, SearchSettings, from_dict, to_dict
 from dgl_jax.errors import UserError
 from dgl_jax.metrics import read_metrics
+from dgl_jax.run_folder import previous_run
 from dgl_jax.search import RESULT_FILE, search
 from dgl_jax.sedona.outer import snapshot_steps
 from dgl_jax.sedona.result import load_result
@@ -138,10 +141,30 @@ def test_a_killed_search_goes_on_bitwise(
     )
     assert lines == expected
     if killed_after == 8:  # Asked for another K, a finished search searches nothing again.
-        again = search(_config(arrays_path, num_blocks=(4,)), str(tmp_path))
+        with monkeypatch.context() as full_disk:  # And saves nothing.
+            usage = collections.namedtuple("usage", "total used free")(10, 10, 0)
+            full_disk.setattr(shutil, "disk_usage", lambda path: usage)
+            again = search(_config(arrays_path, num_blocks=(4,)), str(tmp_path))
         assert set(again["groupings"]) == set(again["balanced_groupings"]) == {"4"}
         assert again["variables_sha256"] == uninterrupted["variables_sha256"]
         assert again["outer_seconds"] == gone_on["outer_seconds"]
+        # Of all three processes.
+        assert again["wall_seconds"] > again["pretraining_seconds"] + again["outer_seconds"]
+
+
+def test_a_search_and_a_run_of_training_do_not_share_a_folder(finished, tmp_path):
+    folder, _, _ = finished
+    with pytest.raises(UserError, match="holds a search; choose another --workdir"):
+        previous_run(Config(), folder)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(Config())))
+    with pytest.raises(UserError, match="holds a run of training; choose another --workdir"):
+        previous_run(SearchConfig(), str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="cannot be written; choose another --workdir"):
+        previous_run(SearchConfig(), str(tmp_path))
 
 
 def test_each_outer_step_draws_a_snapshot_and_stores_it_a_step_further_on(finished):

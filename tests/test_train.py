@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,6 +243,20 @@ def test_a_finished_run_is_not_touched_again(finished_run, arrays_path):
     result = _run(_command(workdir, arrays_path, placement__max_steps_in_flight=2))
     assert result.returncode == 0 and result.stdout == first.stdout
     assert {path: path.read_bytes() for path in workdir.glob("*.json*")} == before
+
+
+def test_killed_after_its_last_checkpoint(finished_run, arrays_path, tmp_path):
+    """What is left to do is done, and no line of metrics.jsonl is written twice."""
+    workdir, _ = finished_run
+    again = tmp_path / "run"
+    shutil.copytree(workdir, again)
+    (again / "summary.json").write_text('{"finished": false}')
+    result = _run(_command(again, arrays_path))
+    assert result.returncode == 0, result.stderr
+    whole, gone_on = (json.loads((w / "summary.json").read_text()) for w in (workdir, again))
+    assert gone_on["finished"] and gone_on["params_sha256"] == whole["params_sha256"]
+    assert gone_on["test_top1"] == whole["test_top1"]
+    assert (again / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
 
 
 def test_a_folder_that_cannot_be_used(arrays_path, tmp_path):
