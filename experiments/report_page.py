@@ -69,7 +69,8 @@ def _plot_curves(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool
     """One line a run: a style for each method; a colour for each block, or else each method."""
     del is_full
     axes, styles = figure.subplots(), _styles(members)
-    for place, (row, found) in enumerate(members.items()):
+    curves = [(row, found) for row, found in members.items() if row.share is None]
+    for place, (row, found) in enumerate(curves):
         color = f"C{row.block if row.block >= 0 else place}"
         for same in found.values():
             curve = np.reshape(learning_curve(same[0], row.block), (-1, 2))  # It may be empty.

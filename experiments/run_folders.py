@@ -213,7 +213,10 @@ def rate_sum(run: Run, block: int) -> list[tuple[float, float]]:
     return [((step + 1) / steps_per_epoch, float(total)) for step, total in enumerate(sums)]
 
 
-CURVES = {"input_drift": input_drift, "gradient_sum": gradient_sum, "rate_sum": rate_sum}
+CURVES = {
+    "input_drift": input_drift, "gradient_sum": gradient_sum, "rate_sum": rate_sum,
+    "test_top1": learning_curve,
+}  # fmt: skip
 
 
 def _metrics(run: Run) -> list[dict[str, Any]]:
