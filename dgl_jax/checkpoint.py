@@ -62,6 +62,25 @@ def check_disk_space(directory: str, states: Any, num_checkpoints: int) -> None:
         )
 
 
+def check_room(
+    checkpointer: ocp.training.Checkpointer, states: Any, *, num_checkpoints: int, last_step: int
+) -> None:
+    """Checks that what a run is still to save fits on the disk.
+
+    Args:
+      checkpointer: from `open_checkpointer`.
+      states: what is saved.
+      num_checkpoints: how many lie there at once, at the most; those that do already count.
+      last_step: with a checkpoint of this step nothing is saved any more.
+
+    Raises:
+      UserError: if it does not.
+    """
+    if checkpointer.latest is None or checkpointer.latest.step < last_step:
+        num_missing = max(0, num_checkpoints - len(checkpointer.checkpoints))
+        check_disk_space(str(checkpointer.directory), states, num_missing)
+
+
 def save(
     checkpointer: ocp.training.Checkpointer,
     step: int,

@@ -16,7 +16,7 @@ from dgl_jax.block import Block, make_block_feed
 from dgl_jax.metrics import write_atomically
 from dgl_jax.pipeline import block_program
 from dgl_jax.placement import BlockPlacement
-from dgl_jax.transfer import move
+from dgl_jax.transfer import move, place
 from dgl_jax.types import BlockState
 
 # A value x falls into a bin of asinh(x): fine near 0, coarse far away, never out of range.
@@ -28,14 +28,14 @@ def channel_histograms(activations: jax.Array, mask: jax.Array) -> jax.Array:
 
     Args:
       activations: float [B, ..., C].
-      mask: float32 or bool [B], zero where an image only fills up the batch.
+      mask: float32 [B], 1; 0 where an image only fills up the batch.
 
     Returns:
       float32 [C, 48], each row sums to 1.
     """
     num_channels = activations.shape[-1]
     x = activations.astype(jnp.float32).reshape(-1, num_channels)
-    weights = jnp.repeat(mask.astype(jnp.float32), x.shape[0] // len(mask))
+    weights = jnp.repeat(mask.astype(jnp.int32), x.shape[0] // len(mask))
     bins = jnp.floor(jnp.arcsinh(x) / _BIN_WIDTH).astype(jnp.int32) + _NUM_BINS // 2
     bins = jnp.clip(bins, 0, _NUM_BINS - 1)
     one_channel = lambda column: jnp.bincount(column, weights, length=_NUM_BINS)
@@ -75,8 +75,8 @@ def make_probe(
     def probe(block_states, images, mask):
         x, histograms = images, []
         for program, state, placement in zip(programs, block_states, placements, strict=True):
-            mask = move(mask, placement.batch)
-            x, histogram = program(state, move(x, placement.batch), mask)
+            x = move(x, placement.batch)
+            x, histogram = program(state, x, place(mask, placement.batch))
             histograms.append(histogram)
         return histograms
 

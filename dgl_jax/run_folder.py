@@ -20,8 +20,7 @@ def previous_run(config: Config | SearchConfig, workdir: str) -> dict[str, Any] 
       None for a new run; else ``{"config": ..., "summary": ...}``, the files as loaded.
 
     Raises:
-      UserError: the folder can't be made or written, its files can't be parsed, or its run is
-        another.
+      UserError: the folder can't be made, its files can't be read, or its run is another.
     """
     try:
         os.makedirs(workdir, exist_ok=True)
@@ -30,10 +29,6 @@ def previous_run(config: Config | SearchConfig, workdir: str) -> dict[str, Any] 
             f"workdir={workdir} cannot be made ({error.strerror}); choose another --workdir"
         ) from error
     previous = read_json(workdir, "config")
-    # A run killed at its very start has no summary yet.
-    summary = read_json(workdir, "summary") or {}
-    if not (summary.get("finished") or os.access(workdir, os.W_OK)):
-        raise UserError(f"workdir={workdir} cannot be written; choose another --workdir")
     if previous is None:
         return None
     is_search = isinstance(config, SearchConfig)
@@ -43,14 +38,25 @@ def previous_run(config: Config | SearchConfig, workdir: str) -> dict[str, Any] 
             "choose another --workdir"
         )
     check_same_run(config, previous, workdir)
-    return {"config": previous, "summary": summary}
+    # A run killed at its very start has no summary yet.
+    return {"config": previous, "summary": read_json(workdir, "summary") or {}}
+
+
+def check_writable(workdir: str) -> None:
+    """Checks that a run may write into its folder.
+
+    Raises:
+      UserError: it may not.
+    """
+    if not os.access(workdir, os.W_OK):
+        raise UserError(f"workdir={workdir} cannot be written; choose another --workdir")
 
 
 def read_json(workdir: str, name: str) -> dict[str, Any] | None:
     """``config`` or ``summary``, as a run has written it; None where there is none.
 
     Raises:
-      UserError: it can't be read or parsed.
+      UserError: it can't be read.
     """
     path = os.path.join(workdir, f"{name}.json")
     try:
@@ -60,7 +66,7 @@ def read_json(workdir: str, name: str) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be parsed ({error}); put back what the run wrote, or choose "
+            f"{path} cannot be read ({error}); put back what the run wrote, or choose "
             "another --workdir"
         ) from error
     if not isinstance(content, dict):

@@ -27,7 +27,7 @@ from dgl_jax.models.network import Network
 from dgl_jax.optim import make_optimizer
 from dgl_jax.partition import balanced_cuts, check_num_blocks, slowest_block_cost
 from dgl_jax.placement import make_placements
-from dgl_jax.run_folder import previous_run, write_summary
+from dgl_jax.run_folder import check_writable, previous_run, write_summary
 from dgl_jax.sedona.discretise import discretise, discretise_balanced
 from dgl_jax.sedona.hypergradient import ESTIMATORS, make_hypergradient
 from dgl_jax.sedona.inner import make_inner_step
@@ -82,6 +82,7 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
         )
     ):
         return previous["summary"]
+    check_writable(workdir)
 
     # ---- Data: the weights learn on one side of the split, the decision variables on the other.
     data = dataclasses.asdict(config.data) | {"seed": config.seed}
@@ -143,9 +144,8 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     saved = _to_save(outer_state, weights, snapshots)
     num_steps = num_pretraining + num_outer
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
-    if checkpointer.latest is None or checkpointer.latest.step < num_steps:
-        num_missing = max(0, 2 - len(checkpointer.checkpoints))  # Latest and next.
-        checkpoint.check_disk_space(workdir, saved, num_checkpoints=num_missing)
+    # Latest and next.
+    checkpoint.check_room(checkpointer, saved, num_checkpoints=2, last_step=num_steps)
     config_json = json.dumps(to_dict(config), indent=2)
     metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
     write_summary(workdir, {"finished": False})
@@ -209,8 +209,8 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
                 record["compile_seconds"] += compiled - compiled_before
                 clock, compiled_before = now, compiled
                 saved = _to_save(outer_state, weights, snapshots)
-                now = record | {"wall_seconds": wall_seconds()}
-                checkpoint.save(checkpointer, step, saved, top1=None, record=now)
+                about = record | {"wall_seconds": wall_seconds()}
+                checkpoint.save(checkpointer, step, saved, top1=None, record=about)
                 del saved
         checkpointer.wait()
         batch = train.batch_at(0)
@@ -241,6 +241,7 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
                 "slowest_block": slowest_block_cost(layer_flops, head_flops, found_cuts.cuts)
                 / (sum(layer_flops) + head_flops[-1]),
             }
+    peak_memory = cost.peak_memory_bytes()  # Of the search, without what follows.
     backprop_seconds = _backprop_step_seconds(config, network, optimizer, batch)
     training_seconds = settings.backprop_steps * backprop_seconds
     search_seconds = record["pretraining_seconds"] + record["outer_seconds"]
@@ -270,7 +271,7 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
         "wall_seconds": wall_seconds(),
         "snapshot_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(snapshots)),
         "snapshot_memory": snapshot_memory.memory_kind,
-        "peak_memory_bytes": cost.peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory,
         "variables_sha256": hashlib.sha256(
             found.alpha.tobytes() + found.beta.tobytes()
         ).hexdigest(),

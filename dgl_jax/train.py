@@ -41,7 +41,7 @@ from dgl_jax.methods import METHODS
 from dgl_jax.models import check_image_shape
 from dgl_jax.optim import make_optimizer, make_schedule
 from dgl_jax.pipeline import activation_shapes, init_states
-from dgl_jax.run_folder import previous_run, write_summary
+from dgl_jax.run_folder import check_writable, previous_run, write_summary
 from dgl_jax.schedule import APPLY, BACKWARD, UPDATE, calls
 from dgl_jax.transfer import fetch, is_local
 from dgl_jax.types import TrainState
@@ -89,6 +89,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     previous = distributed.agree(previous_run(config, workdir) if is_main else None)
     if previous and previous["summary"].get("finished"):
         return previous["summary"] if is_main else None
+    if is_main:
+        check_writable(workdir)
 
     # ---- Network, cuts, blocks: known before any data is on a device.
     data = config.data
@@ -181,8 +183,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     # ---- What the folder holds already is gone on with.
     os.makedirs(workdir, exist_ok=True)
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
-    num_missing = max(0, 3 - len(checkpointer.checkpoints))  # Latest, best and next.
-    checkpoint.check_disk_space(workdir, state, num_checkpoints=num_missing)
+    # Latest, best and next.
+    checkpoint.check_room(checkpointer, state, num_checkpoints=3, last_step=num_steps)
     resolved = {
         "cuts": list(cuts),
         "heads": list(head_names) if config.method.name in LOCAL_METHODS else [],
@@ -229,7 +231,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
 
     splits = ("test", "validation") if dataset.num_validation else ("test",)
 
-    def evaluate_all(step, writer):
+    def evaluate_all(step, is_written=False):
         results = {split: evaluate(state.blocks, dataset.eval_batches(split)) for split in splits}
         if config.eval.log_drift:
             images, _, mask = next(iter(dataset.eval_batches("test")))
@@ -240,7 +242,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
             for block, loss in zip(classifiers, means["loss"]):
                 if not math.isfinite(loss):
                     raise not_finite_error(f"{split}/block_{block}/loss={loss}", step)
-            if writer is not None:
+            if not is_written:
                 writer.write(step, _flat_names(split, means, classifiers))
         if config.eval.log_drift:
             drift.save_histograms(workdir, step, histograms)
@@ -326,14 +328,14 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
                         profiles = False
                         _stop_profile()
                 state = runner.snapshot(state)
-                results, is_evaluated = evaluate_all(step, writer) if is_eval else None, is_eval
+                results, is_evaluated = evaluate_all(step) if is_eval else None, is_eval
                 # Orbax keeps the best: all processes must say the same.
                 top1 = distributed.agree(results[splits[-1]]["top1"][-1] if results else None)
                 save(step, state, top1=top1)
                 # Blocks that have no tasks but decide themselves have trained on meanwhile.
                 clock, clock_step = time.perf_counter() if tasks else now, step
-        if not is_evaluated:  # The run had been killed after its last checkpoint: it is written.
-            results = evaluate_all(step, None)
+        if not is_evaluated:  # The run had been killed after its last checkpoint.
+            results = evaluate_all(step, is_written=True)
         checkpointer.wait()
         best_step = checkpoint.best_step(checkpointer)
         runner.close()  # No worker reads the stream any more.

@@ -230,7 +230,7 @@ _DGL = (
     Item("DGL", "Figures 3 and 4", "learning curves of a four-layer network, CIFAR-10", 3,
          "Published: the official logs, one seed; the text says six layers, code and logs have "
          "four. Epochs are a block's own: sequential training takes four times as many in all. Three "
-         "tenths are 15 of 50 epochs.",
+         "tenths are 15 of 50 epochs, where the rate first drops: the last evaluation up to there.",
          (*(Row(f"{method}, block {block}", f"figure34.py:{method.lower()}", value, block=block,
                 short=_SHORTER)
             for method, values in _FIGURE34.items() for block, value in enumerate(values)),

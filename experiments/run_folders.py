@@ -237,7 +237,10 @@ def value_of(row: evidence.Row, run: Run) -> float | None:
     """A row's number in one run; None if it was not evaluated within half an epoch."""
     if row.share is not None:
         curve = CURVES[row.quantity](run, row.block)
-        value = _at(row.share * run.summary["epochs"], curve)
+        epoch = row.share * run.summary["epochs"]
+        if row.quantity == "test_top1":  # A rate may drop there: not after it.
+            curve = [(x, top1) for x, top1 in curve if x <= epoch + 1e-6]
+        value = _at(epoch, curve)
         is_part = value is not None and row.unit == evidence.PART
         return 100 * value / curve[-1][1] if is_part else value
     if row.epoch is not None:

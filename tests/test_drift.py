@@ -24,7 +24,7 @@ def test_histograms_are_those_of_numpy():
 def test_what_only_fills_up_a_batch_does_not_count():
     x = np.random.default_rng(0).standard_normal((5, 4, 4, 3)).astype(np.float32)
     filled = np.concatenate([x, np.repeat(x[-1:], 3, axis=0)])
-    mask = np.array([1, 1, 1, 1, 1, 0, 0, 0], bool)
+    mask = np.array([1, 1, 1, 1, 1, 0, 0, 0], np.float32)
     np.testing.assert_allclose(
         drift.channel_histograms(filled, mask), drift.channel_histograms(x, np.ones(5)), atol=1e-6
     )

@@ -645,12 +645,13 @@ def _after_a_share(row, folder, summary):
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         key = f"train/block_{row.block}/sum_learning_rate_gradient_norm_squared"
         if row.quantity == "test_top1":
-            key = f"test/block_{row.block}/top1"
+            key, updates = f"test/block_{row.block}/top1", row.share * updates
     values = {line["step"] - first: line[key] for line in lines if key in line}
-    values = {own: value for own, value in values.items() if 0 < own <= updates}
+    values = {own: value for own, value in values.items() if 0 < own <= updates + 1e-6}
+    if row.quantity == "test_top1":
+        return 100 * values[max(values)]
     value = values[min(values, key=lambda own: abs(own - row.share * updates))]
-    whole = {"input_drift": 100, "test_top1": 1}.get(row.quantity) or values[max(values)]
-    return 100 * value / whole
+    return value if row.quantity == "input_drift" else 100 * value / values[max(values)]
 
 
 def _check_comparisons(content):

@@ -20,6 +20,7 @@ from dgl_jax.run_folder import previous_run
 from dgl_jax.search import RESULT_FILE, search
 from dgl_jax.sedona.outer import snapshot_steps
 from dgl_jax.sedona.result import load_result
+from dgl_jax.train import train_and_evaluate
 
 
 def _config(arrays_path, **settings):
@@ -163,8 +164,9 @@ def test_a_search_and_a_run_of_training_do_not_share_a_folder(finished, tmp_path
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(UserError, match="cannot be written; choose another --workdir"):
-        previous_run(SearchConfig(), str(tmp_path))
+    for run, config in ((search, SearchConfig()), (train_and_evaluate, Config())):
+        with pytest.raises(UserError, match="cannot be written; choose another --workdir"):
+            run(config, str(tmp_path))
 
 
 def test_each_outer_step_draws_a_snapshot_and_stores_it_a_step_further_on(finished):

@@ -263,7 +263,7 @@ def test_a_folder_that_cannot_be_used(arrays_path, tmp_path):
     (tmp_path / "file").write_text("")
     _fails(_command(tmp_path / "file", arrays_path), "cannot be made")
     (tmp_path / "config.json").write_text("{")
-    _fails(_command(tmp_path, arrays_path), "config.json cannot be parsed")
+    _fails(_command(tmp_path, arrays_path), "config.json cannot be read")
 
 
 def test_another_configuration_in_the_same_folder_is_refused(finished_run, arrays_path):

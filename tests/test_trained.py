@@ -64,7 +64,7 @@ def test_what_is_not_there(run, tmp_path):
         load_trained(str(tmp_path))
     path = tmp_path / "config.json"
     path.write_text("{")
-    with pytest.raises(UserError, match="config.json cannot be parsed"):
+    with pytest.raises(UserError, match="config.json cannot be read"):
         load_trained(str(tmp_path))
     fields = json.loads(pathlib.Path(run[0], "config.json").read_text())
     path.write_text(json.dumps(fields))

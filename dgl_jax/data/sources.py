@@ -81,6 +81,8 @@ def load_arrays(data_dir: str) -> Arrays:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise TypeError("one array, not an archive")
             arrays = {key: archive[key] for key in archive.files if key in ARRAY_KEYS}
+    except MemoryError:
+        raise
     except Exception as error:  # Of zip, of zlib, of numpy's own header: there are many.
         raise UserError(
             f"data_dir={data_dir} must be a readable .npz file ({error}); write it by np.savez"
