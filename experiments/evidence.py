@@ -298,8 +298,9 @@ def _sedona(data: str, label: str, published: float | None = None, **fields) -> 
 
 _SEDONA = (
     Item("SEDONA", "CIFAR-10", "four networks in K = 4 blocks", 3,
-         "Published: the slides. Cuts and heads follow from the decision variables that the "
-         "authors released. They chose the best state by validation, here it is the last.",
+         "Published: the slides of the talk at ICLR 2021. Cuts and heads follow from the decision "
+         "variables that the authors released. They chose the best state by validation, here it "
+         "is the last.",
          tuple(_sedona("cifar10", f"{network}, {method}", value, unit=ERROR)
                for network, values in _CIFAR10.items()
                for method, value in zip(_METHODS, values, strict=True))),
@@ -317,12 +318,13 @@ _SEDONA = (
                for network in _CIFAR10
                for quantity, suffix in (("test_top1", ""), ("ensemble_last_top1", ", two heads")))),
     Item("SEDONA", "Tiny-ImageNet", "cuts and heads found on CIFAR-10, K = 4", 1,
-         "Published: SEDONA's Table 2 as TRGL quotes it. PredSim's recipe is not built.",
+         "Published: SEDONA's Table 2 as TRGL, module-wise training with a transport "
+         "penalty (NeurIPS 2023), quotes it. PredSim's recipe is not built.",
          tuple(_sedona("tiny_imagenet", f"{network}, {method}", value)
                for network, values in _TINY.items()
                for method, value in zip(("backprop", "DGL", "SEDONA"), values, strict=True))),
     Item("SEDONA", "ImageNet", "cuts and heads found on CIFAR-10", 1,
-         "Published: the slides; that of two heads is from a public list of results. They chose "
+         "Published: the slides; that of two heads is from Papers with Code. They chose "
          "the best state on the images that they tested on, here it is the last.",
          (*(_sedona("imagenet", f"{network}, {method}", values[place + (k == 5)], unit=ERROR,
                     quantity=f"test_top{k}", suffix=f", top-{k}")

@@ -15,7 +15,7 @@ Expected (SEDONA's slides; top-1 / top-5 error, %; training speed relative to ba
     sedona K=2   20.72 / 5.39    1.67     20.69 / 5.58    1.61
     sedona K=4   21.32 / 5.83    2.01     21.09 / 5.13    2.02
 
-With the last two heads together resnet152 at K = 4 has 20.2 (a public list of results).
+With the last two heads together resnet152 at K = 4 has 20.2 (Papers with Code).
 The searched networks have a quarter of these channels; what is taken over is where they are cut
 and how deep each head is. The heads are wider here: 2048 channels before their pool. One's own
 search takes the place of the published one with config.partition.from_search=FILE.
