@@ -48,7 +48,10 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 
 
 def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
-    """Parses ``--config``, a file of that class, and ``--workdir``; ``main(config, workdir)``."""
+    """Parses ``--config``, a file of that class, and ``--workdir``; ``main(config, workdir)``.
+
+    The exit code is 2, with one line on stderr, where there was a `UserError`.
+    """
 
     def parse_flags(argv: Sequence[str]) -> list[str]:
         try:

@@ -49,6 +49,13 @@ def density_distance(histograms: np.ndarray, others: np.ndarray) -> float:
       histograms: float [C, bins], as `channel_histograms` makes them.
       others: the same shape.
 
+    Example:
+      Two channels, two bins: the first has moved, the second has not.
+
+      >>> histograms = np.array([[1.0, 0.0], [0.5, 0.5]])
+      >>> density_distance(histograms, np.array([[0.0, 1.0], [0.5, 0.5]]))
+      1.0
+
     Source: DGL, section 3, ``c_t = integral |p_t(z) - p*(z)| dz``.
     Deviation: of each channel's marginal density on a probe batch, binned. Each is a lower
       bound of the distance of the joint densities, which no batch could tell.

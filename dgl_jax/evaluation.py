@@ -73,6 +73,20 @@ def make_evaluate(
       ``loss``, ``top1``, ``top5``: lists of one float a head; ``ensemble_top1``,
       ``ensemble_last_top1``: floats. Accuracies are fractions in [0, 1]. In a run of several
       processes all must call it, and those but the first get None.
+
+    Example:
+      Two blocks whose heads return the images and their negatives; the last of three images only
+      fills the batch.
+
+      >>> from dgl_jax.config import PlacementConfig
+      >>> from dgl_jax.placement import make_placements
+      >>> (placement,) = make_placements(PlacementConfig(), num_blocks=1)
+      >>> logits_fn = lambda states, images: {0: images, 1: -images}
+      >>> evaluate = make_evaluate(logits_fn, placement, ensemble_last=1)
+      >>> images = jnp.array([[2.0, 1.0], [0.0, 3.0], [0.0, 0.0]])
+      >>> labels, mask = jnp.array([0, 1, 0]), jnp.array([1.0, 1.0, 0.0])
+      >>> evaluate((), [(images, labels, mask)])["top1"]
+      [1.0, 0.0]
     """
     count = block_program(
         functools.partial(count_batch, ensemble_last=ensemble_last), placement, placement.state

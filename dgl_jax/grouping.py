@@ -111,6 +111,13 @@ def choose_cuts_and_heads(
       The cuts, and for each the name of the head below it; where the method's blocks have no
       auxiliary heads, the names mean nothing.
 
+    Example:
+      >>> from dgl_jax.config import from_dict
+      >>> config = from_dict({"partition": {"strategy": "uniform", "num_blocks": 3}})
+      >>> network = configured_network(config, num_classes=10)  # cnn6, of six layers.
+      >>> choose_cuts_and_heads(config, network, num_classes=10, image_shape=(28, 28, 1))
+      ((1, 3), ('mlp_sr', 'mlp_sr'))
+
     Raises:
       UserError: a wrong number of heads, an unknown one, or a file that does not fit.
     """
@@ -186,6 +193,13 @@ def configured_blocks(
       cuts: of `choose_cuts_heads_and_devices`.
       head_names: likewise, one a cut.
       num_classes: of the data set.
+
+    Example:
+      >>> config = Config()
+      >>> network = configured_network(config, num_classes=10)
+      >>> blocks = configured_blocks(config, network, (1, 3), ("mlp_sr", "pred"), num_classes=10)
+      >>> [(len(block.layers), type(block.head).__name__) for block in blocks]
+      [(2, 'MLPSRAux'), (2, 'PredAux'), (2, 'PooledMLP')]
 
     Raises:
       UserError: as `make_classifiers`, or if ``train.remat_blocks`` names a block that is none.

@@ -57,6 +57,7 @@ class MetricsWriter:
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Closes the files."""
         self._file.close()
         self._tensorboard.close()
 

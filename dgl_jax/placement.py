@@ -26,6 +26,7 @@ class BlockPlacement:
 
     @property
     def devices(self) -> tuple[jax.Device, ...]:
+        """The mesh's, in its order; of every process."""
         return tuple(self.state.mesh.devices.flat)
 
 
@@ -50,6 +51,14 @@ def make_placements(
 
     Returns:
       One placement a block.
+
+    Example:
+      Three blocks, one program each, on one device.
+
+      >>> config = PlacementConfig(kind="pipelined", num_devices=1)
+      >>> placements = make_placements(config, num_blocks=3, devices=jax.devices()[:1])
+      >>> [placement.devices == (jax.devices()[0],) for placement in placements]
+      [True, True, True]
 
     Raises:
       UserError: if there are too few devices, or not as many numbers as blocks.
@@ -82,6 +91,11 @@ def over_all(config: PlacementConfig) -> PlacementConfig:
     """One mesh of all devices asked for: ``num_devices``, or as many as there are where that is 0.
 
     For method data_parallel, whose user names no ``data_parallel``.
+
+    Example:
+      >>> config = over_all(PlacementConfig(num_devices=4))
+      >>> config.num_devices, config.data_parallel
+      (4, 4)
     """
     num_devices = config.num_devices or len(jax.devices())
     return dataclasses.replace(config, num_devices=num_devices, data_parallel=num_devices)

@@ -48,6 +48,10 @@ def load_trained(workdir: str, *, best: bool = False) -> Trained:
       best: the state with the best accuracy of the last block, as the run evaluated it (see
         ``best_step`` in summary.json), not the latest.
 
+    Example (no doctest: it needs the folder of a run):
+      trained = load_trained("runs/mine", best=True)
+      heads = trained.logits(trained.states, images)  # By block, [B, num_classes].
+
     Raises:
       UserError: there are several processes; the folder has no run, or no such checkpoint; or its
         files can't be understood.

@@ -21,6 +21,11 @@ class Batch:
     Attributes:
       images: float32 [B, H, W, C], normalised and augmented.
       labels: int32 [B].
+
+    Example:
+      >>> batch = Batch(images=jax.numpy.zeros((2, 28, 28, 1)), labels=jax.numpy.array([3, 1]))
+      >>> jax.tree.map(jax.numpy.shape, batch)
+      Batch(images=(2, 28, 28, 1), labels=(2,))
     """
 
     images: jax.Array

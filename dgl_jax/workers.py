@@ -148,6 +148,7 @@ class Workers:
         ]
 
     def start(self) -> None:
+        """Starts all threads; once."""
         for thread in self._threads:
             thread.start()
 

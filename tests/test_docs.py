@@ -1,5 +1,6 @@
 """What the documentation says holds: examples, commands, names, links, figures, the tutorial."""
 
+import ast
 import doctest
 import importlib
 import os
@@ -40,18 +41,47 @@ _MUST_HAVE_EXAMPLES = {
         "config",
         "cost",
         "data",
+        "data.augment",
+        "data.dataset",
+        "data.sources",
+        "data.statistics",
+        "drift",
+        "evaluation",
+        "grouping",
         "losses",
+        "methods.async_dgl",
+        "methods.async_dgl_parallel",
+        "methods.backprop",
+        "methods.data_parallel",
+        "methods.ddg",
         "methods.dgl",
+        "methods.dni",
+        "methods.features_replay",
+        "methods.method",
+        "methods.pipeline_backprop",
+        "methods.sequential",
         "models",
+        "models.cnn",
+        "models.layers",
+        "models.network",
+        "models.resnet",
+        "models.vgg",
         "optim",
         "partition",
+        "pipeline",
+        "placement",
         "replay",
         "replay_buffer",
         "schedule",
         "sedona.discretise",
+        "sedona.hypergradient",
+        "sedona.inner",
+        "sedona.outer",
+        "sedona.random_groupings",
         "sedona.relaxation",
         "simulator",
         "tables",
+        "types",
         "variants",
     )
 }
@@ -61,6 +91,25 @@ _TFDS_SETS = {"cifar10": ((32, 32, 3), 10), "imagenet2012": ((224, 224, 3), 1000
 
 def test_the_first_functions_to_call_have_examples():
     assert _MUST_HAVE_EXAMPLES <= set(_WITH_EXAMPLES)
+
+
+def _public_without_docstring(nodes, prefix):
+    """Names of functions, classes and their methods; those in functions are nobody's to call."""
+    for node in nodes:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+            continue
+        name = f"{prefix}.{node.name}"
+        if not ast.get_docstring(node):
+            yield name
+        if isinstance(node, ast.ClassDef):
+            yield from _public_without_docstring(node.body, name)
+
+
+def test_all_that_is_public_has_a_docstring():
+    trees = {name: ast.parse(path.read_text()) for name, path in _SOURCES.items()}
+    assert [name for name, tree in trees.items() if tree.body and not ast.get_docstring(tree)] == []
+    missing = [_public_without_docstring(tree.body, name) for name, tree in trees.items()]
+    assert [name for names in missing for name in names] == []
 
 
 @pytest.mark.parametrize("name", _WITH_EXAMPLES)

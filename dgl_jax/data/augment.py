@@ -14,6 +14,12 @@ def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
 
     Returns:
       float32 [..., C].
+
+    Example:
+      >>> images = jnp.array([0, 255], jnp.uint8).reshape(2, 1, 1, 1)
+      >>> normalized = normalize(images, mean=jnp.array([0.5]), std=jnp.array([0.25]))
+      >>> print(normalized.shape, normalized.ravel())
+      (2, 1, 1, 1) [-2.  2.]
     """
     return (images.astype(jnp.float32) / 255 - jnp.broadcast_to(mean, images.shape)) / (
         jnp.broadcast_to(std, images.shape)

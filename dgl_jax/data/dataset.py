@@ -71,6 +71,12 @@ def split_validation(
     Returns:
       (train, validation): sorted int32 indices, disjoint, together all examples.
 
+    Example:
+      >>> options = {"validation_fraction": 0.2, "batch_size": 2, "seed": 0}
+      >>> train, validation = split_validation(10, **options, held_out=False)
+      >>> len(train), len(validation), sorted([*train.tolist(), *validation.tolist()])
+      (8, 2, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+
     Raises:
       UserError: if either side is too small to use.
     """

@@ -61,6 +61,7 @@ def prepare(name: str, data_dir: str) -> None:
 
 
 def main(argv: list[str]) -> int:
+    """Runs `prepare` on the flags; the exit code is 2 where there was a `UserError`."""
     logging.set_verbosity(logging.WARNING)  # TFDS logs its every search for files
     try:
         if len(argv) > 1:

@@ -72,7 +72,11 @@ def _put(x: np.ndarray, sharding: Sharding, shape: tuple[int, ...], first_row: i
 
 
 def local_rows(sharding: Sharding, batch_size: int) -> tuple[int, int]:
-    """The rows [start, stop) of a batch that lie on this process's devices."""
+    """The rows [start, stop) of a batch that lie on this process's devices.
+
+    Raises:
+      UserError: if there are none, or if they are not neighbours.
+    """
     parts = batch_axis_only(sharding).addressable_devices_indices_map((batch_size,))
     spans = {index[0].indices(batch_size)[:2] for index in parts.values()}
     if not spans:

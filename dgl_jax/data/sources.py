@@ -34,6 +34,7 @@ class Arrays:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of one image."""
         return self.train_images.shape[1:]
 
 
@@ -45,6 +46,11 @@ def load_embedded(data_dir: str = "") -> Arrays:
 
     Returns:
       The set: images [28, 28, 1], ten classes, as many examples of each.
+
+    Example:
+      >>> arrays = load_embedded()
+      >>> arrays.train_images.shape, arrays.test_images.shape, arrays.num_classes
+      ((10000, 28, 28, 1), (2000, 28, 28, 1), 10)
 
     Source: Xiao, Rasul and Vollgraf, Fashion-MNIST, arXiv:1708.07747, 2017.
     """

@@ -46,6 +46,10 @@ def choose(
     Returns:
       (mean, std), each of `channels` numbers.
 
+    Example:
+      >>> choose("cifar10", channels=3, mean=(), std=DGL_CIFAR10_STD, images=None)
+      ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201))
+
     Raises:
       UserError: if the user's have another length or a std is not positive.
     """

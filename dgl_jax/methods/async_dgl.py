@@ -50,6 +50,15 @@ def make_schedule(
       num_updates: the updates of each block; an epoch more with the official accounting.
       steps_per_epoch: the updates of one epoch.
 
+    Example:
+      Two blocks by turns, after a warm-up of two turns each. Of the batches that have been read
+      least, block 1 reads the newest.
+
+      >>> config = Config(replay=ReplayConfig(order="round_robin"))
+      >>> schedule = make_schedule(config, num_blocks=2, num_updates=3, steps_per_epoch=3)
+      >>> [(event.block, event.batch) for (event,) in schedule.tasks(0)]
+      [(0, 0), (0, 1), (1, 1), (1, 0), (0, 2), (1, 2)]
+
     Raises:
       UserError: ``config.replay`` does not fit the blocks, or has a field that is not used.
 
@@ -72,7 +81,11 @@ def make_schedule(
 def make_plan_config(
     config: Config, num_blocks: int, num_updates: int, steps_per_epoch: int
 ) -> PlanConfig:
-    """What `make_schedule` plans; the arguments are the same."""
+    """What `make_schedule` plans; the arguments are the same.
+
+    Raises:
+      UserError: ``config.replay`` has a field that is not used, or does not fit the blocks.
+    """
     replay, optimizer = config.replay, config.optimizer
     if replay.order == "round_robin":
         user, unused = "order=round_robin", ("slow_block", "slowdown", "pmf")

@@ -30,6 +30,11 @@ def make_schedule(
 ) -> Schedule:
     """A step is one update of whichever block is next to finish one; it has no tasks.
 
+    Example:
+      >>> schedule = make_schedule(Config(), num_blocks=3, num_updates=10, steps_per_epoch=5)
+      >>> schedule.num_steps, schedule.num_updates, next(schedule.tasks(0))
+      (30, 10, ())
+
     Raises:
       UserError: if there is no block to be slowed.
 

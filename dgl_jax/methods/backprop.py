@@ -19,7 +19,15 @@ def make_blocks(
     auxiliary_head: Any,
     loss_fn: LossFn | Sequence[LossFn],
 ) -> tuple[Block, ...]:
-    """One block of all layers; ``cuts`` and ``auxiliary_head`` are not used."""
+    """One block of all layers; ``cuts`` and ``auxiliary_head`` are not used.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> network = Network("mine", [nn.Dense(8), nn.Dense(8), nn.Dense(8)], head=nn.Dense(10))
+      >>> (block,) = make_blocks(network, (1,), auxiliary_head=None, loss_fn=None)
+      >>> len(block.layers), block.head is network.head
+      (3, True)
+    """
     del cuts, auxiliary_head
     return dgl.make_blocks(
         network, (), (), loss_fn[-1:] if isinstance(loss_fn, Sequence) else loss_fn

@@ -105,7 +105,15 @@ def make_blocks(
     auxiliary_head: Any,
     loss_fn: LossFn | Sequence[LossFn],
 ) -> tuple[Block, ...]:
-    """Blocks without heads but the last, which has the network's; ``auxiliary_head`` is unused."""
+    """Blocks without heads but the last, which has the network's; ``auxiliary_head`` is unused.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> network = Network("mine", [nn.Dense(8), nn.Dense(8), nn.Dense(8)], head=nn.Dense(10))
+      >>> blocks = make_blocks(network, (0, 1), auxiliary_head=None, loss_fn=None)
+      >>> [(block.head is None, block.classifies) for block in blocks]
+      [(True, False), (True, False), (False, True)]
+    """
     del auxiliary_head
     *others, last = dgl.make_blocks(network, cuts, None, loss_fn)
     others = [dataclasses.replace(block, loss_fn=None, classifies=False) for block in others]
@@ -116,6 +124,14 @@ def make_schedule(
     config: Config, num_blocks: int, num_updates: int, steps_per_epoch: int
 ) -> Schedule:
     """Forward of one batch, backward of an earlier one; see `schedule.delayed`.
+
+    Example:
+      In step 5, blocks 0 and 1 of three learn from batches 3 and 4.
+
+      >>> schedule = make_schedule(Config(), num_blocks=3, num_updates=10, steps_per_epoch=10)
+      >>> step = next(schedule.tasks(5))
+      >>> [(task.block, task.batch) for task in step if task.operation == "backward"]
+      [(0, 3), (1, 4)]
 
     Raises:
       UserError: if the run ends before the first block has had a gradient.

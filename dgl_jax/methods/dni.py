@@ -48,6 +48,14 @@ def make_blocks(
         the last.
       conditioned: whether the synthesizers see the labels (cDNI).
 
+    Example:
+      >>> import flax.linen as nn
+      >>> from dgl_jax.auxiliary import make_auxiliary
+      >>> network = Network("mine", [nn.Conv(4, (3, 3)), nn.Conv(4, (3, 3))], head=nn.Dense(10))
+      >>> blocks = make_blocks(network, (0,), make_auxiliary("mlp", 10), None, conditioned=True)
+      >>> type(blocks[0].head).__name__, blocks[0].head.conditioned, blocks[0].classifies
+      ('Synthesizer', True, False)
+
     Source: Jaderberg et al. 2017, Appendix C.1, as DGL's Figure 2 replicates it.
     Deviation: none.
     """
@@ -64,6 +72,10 @@ def make_blocks(
 
 def synthesizer_loss(synthetic: jax.Array, target: jax.Array) -> jax.Array:
     """The squared error, summed over the features of an example, the mean over the batch.
+
+    Example:
+      >>> float(synthesizer_loss(jnp.ones((2, 3)), jnp.zeros((2, 3))))  # Three features, off by 1.
+      3.0
 
     Source: the scale is that of DGL's replication of DNI.
     """

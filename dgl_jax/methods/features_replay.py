@@ -36,6 +36,20 @@ def replay(
 ) -> tuple[Params, jax.Array, Params]:
     """The same pass again with the present weights and the same dropout masks, and its gradient.
 
+    Example:
+      One linear layer, two examples: the bias's gradient is the sum of those at the outputs.
+
+      >>> import flax.linen as nn
+      >>> import jax.numpy as jnp
+      >>> from dgl_jax.block import init_block_state
+      >>> block = Block(0, 0, layers=(nn.Dense(3),), head=None, loss_fn=None)
+      >>> key, x = jax.random.key(0), jnp.ones((2, 4))
+      >>> state = init_block_state(block, optax.sgd(0.1), key, x)
+      >>> activations, _, kept = play(block, state.params, state.batch_stats, x, key)
+      >>> gradients, input_gradient, _ = replay(block, state, kept, jnp.ones((2, 3)), key)
+      >>> print(activations.shape, input_gradient.shape, gradients["layers"][0]["bias"])
+      (2, 3) (2, 4) [2. 2. 2.]
+
     Source: Features Replay, Algorithm 1.
     Deviation: none from the paper. The public code moves BatchNorm's running statistics twice
       a batch; here the replay alone does. It also trains the first block with twice the

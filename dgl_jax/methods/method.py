@@ -44,5 +44,11 @@ class Method:
 
 
 def both_ways_bytes(config: Config, activations: jax.ShapeDtypeStruct) -> int:
-    """`Method.bytes_between` where a gradient comes down for the activations that go up."""
+    """`Method.bytes_between` where a gradient comes down for the activations that go up.
+
+    Example:
+      >>> activations = jax.ShapeDtypeStruct((128, 16, 16, 64), "float32")
+      >>> activation_bytes(Config(), activations), both_ways_bytes(Config(), activations)
+      (8388608, 16777216)
+    """
     return 2 * activation_bytes(config, activations)

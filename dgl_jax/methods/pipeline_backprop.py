@@ -48,7 +48,20 @@ class _Input:
 def make_schedule(
     config: Config, num_blocks: int, num_updates: int, steps_per_epoch: int
 ) -> schedule.Schedule:
-    """The order that ``config.method.pipeline_schedule`` asks for; see `schedule.pipeline`."""
+    """The order that ``config.method.pipeline_schedule`` asks for; see `schedule.pipeline`.
+
+    Example:
+      What each of two blocks does with two microbatches, in order.
+
+      >>> from dgl_jax.config import MethodConfig
+      >>> config = Config(method=MethodConfig(name="pipeline_backprop", num_microbatches=2))
+      >>> schedule = make_schedule(config, num_blocks=2, num_updates=10, steps_per_epoch=10)
+      >>> step = next(schedule.tasks(0))
+      >>> [task.operation for task in step if task.block == 0]
+      ['forward', 'forward', 'backward', 'backward', 'apply']
+      >>> [task.operation for task in step if task.block == 1]
+      ['loss', 'loss', 'apply']
+    """
     del steps_per_epoch
     method = config.method
     return schedule.pipeline(

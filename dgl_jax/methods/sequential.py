@@ -30,6 +30,15 @@ def make_schedule(
       num_updates: the updates of each block, in all laps together.
       steps_per_epoch: not used.
 
+    Example:
+      >>> schedule = make_schedule(Config(), num_blocks=2, num_updates=2, steps_per_epoch=2)
+      >>> for step in schedule.tasks(0):
+      ...     print(*(f"{task.operation} {task.block}" for task in step), sep=", ")
+      update 0
+      update 0
+      feed 0, update 1
+      feed 0, update 1
+
     Raises:
       UserError: if there are more laps than updates.
 

@@ -11,6 +11,11 @@ from dgl_jax.models.network import Network
 def cnn6(num_classes: int, dtype=None, width: int = 128) -> Network:
     """Six layers: on 32x32 images 128@32, 256@16, 256@16, 512@8, 512@8, 512@8.
 
+    Example:
+      >>> network = cnn6(num_classes=10)
+      >>> [(layer.features, layer.pool) for layer in network.layers[:3]]
+      [(128, False), (256, True), (256, False)]
+
     Source: DGL Table 1 (the comparison of auxiliary heads).
     Deviation: none but `torch_default_init`'s zero biases, here and below.
     """

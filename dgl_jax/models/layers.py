@@ -54,6 +54,14 @@ def adaptive_avg_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     Returns:
       [B, h, w, C], ``x``'s dtype.
 
+    Example:
+      A 3x3 map to 2x2: neighbouring bins share the middle row and column.
+
+      >>> x = jnp.arange(9.0).reshape(1, 3, 3, 1)
+      >>> print(adaptive_avg_pool(x, (2, 2))[0, :, :, 0])
+      [[2. 3.]
+       [5. 6.]]
+
     Source: PyTorch's adaptive_avg_pool2d.
     Deviation: an output larger than the input is clamped to the input's size: a 1x1 map
       stays 1x1 instead of being repeated.

@@ -24,6 +24,11 @@ class Network:
       name: what the network is called in errors.
       layers: modules, each mapping [B, ...] to [B, ...].
       head: the module that maps the last layer's output to logits [B, num_classes].
+
+    Example:
+      >>> network = Network("mine", [nn.Dense(8), nn.Dense(8)], head=nn.Dense(10))
+      >>> len(network.layers)
+      2
     """
 
     name: str
@@ -107,6 +112,13 @@ def apply_module(
 
     Returns:
       ``(y, batch_stats)``; the statistics are the given ones where ``train`` is false.
+
+    Example:
+      >>> x = jax.numpy.ones((2, 4))
+      >>> params, batch_stats = init_module(nn.Dense(3), jax.random.key(0), x)
+      >>> y, batch_stats = apply_module(nn.Dense(3), params, batch_stats, x, train=False)
+      >>> y.shape, batch_stats
+      ((2, 3), {})
     """
     variables = {"params": params, "batch_stats": batch_stats}
     rngs = {} if key is None else {"dropout": key}
@@ -121,6 +133,11 @@ def output_shape(module: nn.Module, x: jax.Array | jax.ShapeDtypeStruct) -> jax.
     """That of a module's output while it is initialised; nothing is computed.
 
     It is found once for all modules that are equal, which must compute the same.
+
+    Example:
+      >>> x = jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
+      >>> output_shape(nn.Conv(16, (3, 3), strides=2), x).shape
+      (1, 4, 4, 16)
     """
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     try:

@@ -32,6 +32,11 @@ def resnet(
       width_factor: multiplies all channels. SEDONA's CIFAR networks are 0.25.
       dtype: of the computation; None for the promoted dtype of input and parameters.
 
+    Example:
+      >>> network = resnet(18, num_classes=10, form="cifar", width_factor=0.25)
+      >>> network.name, len(network.layers)
+      ('resnet18', 8)
+
     Source: DGL Table 3; SEDONA's tables.
     Deviation: SEDONA's code draws all weights from He's normal by fan-in; here, unless
       ``network.kernel_init=he_normal``, convolutions go by fan-out and the linear layer starts as

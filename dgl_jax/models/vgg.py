@@ -35,6 +35,11 @@ def vgg(
       dropout: the rate after each hidden layer of the head.
       dtype: of the computation; None for the promoted dtype of input and parameters.
 
+    Example:
+      >>> network = vgg(19, num_classes=10, form="cifar", width_factor=0.25)
+      >>> network.name, len(network.layers)
+      ('vgg19', 16)
+
     Source: DGL Table 3 (no dropout); SEDONA's CIFAR-10 and Tiny-ImageNet tables.
     Deviation: SEDONA's code draws convolutions from He's normal by fan-in, here it is fan-out
       unless ``network.kernel_init=he_normal``.

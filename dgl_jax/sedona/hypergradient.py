@@ -74,6 +74,24 @@ def make_hypergradient(
       remat: whether each inner step is computed again on the way back. Without, all T steps'
         activations are held at once.
 
+    Example:
+      Two layers, one place for a cut, one candidate head; the shapes alone, by `jax.eval_shape`.
+
+      >>> import flax.linen as nn
+      >>> from dgl_jax.config import LossConfig
+      >>> from dgl_jax.losses import make_loss_fn
+      >>> from dgl_jax.sedona.relaxation import init_state, init_variables
+      >>> layers, heads = (nn.Dense(4), nn.Dense(4)), (nn.Dense(4),)
+      >>> network = RelaxedNetwork(layers, heads, nn.Dense(4), make_loss_fn(LossConfig()))
+      >>> optimizer, key = optax.sgd(0.1), jax.random.key(0)
+      >>> hypergradient = make_hypergradient(ESTIMATORS["unrolled"], network, optimizer)
+      >>> batch, variables = Batch(jnp.ones((2, 4)), jnp.array([0, 2])), init_variables(2, 1)
+      >>> state = init_state(network, optimizer, key, batch.images)
+      >>> arguments = (variables, state, [batch, batch], batch, key)
+      >>> gradient, metrics = jax.eval_shape(hypergradient, *arguments)
+      >>> gradient.alpha.shape, gradient.beta.shape, sorted(metrics)
+      ((1, 2), (1, 1), ['loss', 'validation_loss', 'validation_top1'])
+
     Source: SEDONA: T steps of SGD with momentum, then the gradient of the validation loss.
     Deviation: none for `unrolled`.
     """

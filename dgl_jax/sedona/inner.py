@@ -177,6 +177,13 @@ def mixed_loss(losses: jax.Array, decisions: Decisions) -> jax.Array:
     Args:
       losses: float [L], the local losses.
       decisions: their weights.
+
+    Example:
+      Three layers, each signal half: (4 + 2) / 2 = 3, and (3 + 1) / 2 = 2.
+
+      >>> decisions = Decisions(signal=jnp.full((2, 2), 0.5), head=jnp.ones((2, 1)))
+      >>> float(mixed_loss(jnp.array([1.0, 2.0, 4.0]), decisions))
+      2.0
     """
     loss = losses[-1]
     for place in reversed(range(len(losses) - 1)):

@@ -26,6 +26,15 @@ class OuterState:
 def make_outer_optimizer(settings: SearchSettings) -> optax.GradientTransformation:
     """Adam with an L2 term.
 
+    Example:
+      The first step is as long as the learning rate, whatever the gradient.
+
+      >>> optimizer = make_outer_optimizer(SearchSettings(learning_rate=0.01, weight_decay=0.0))
+      >>> state = optimizer.init(np.zeros(2))
+      >>> updates, state = optimizer.update(np.array([-2.0, 5.0]), state, np.zeros(2))
+      >>> print(updates.round(3))
+      [ 0.01 -0.01]
+
     Source: SEDONA's released code: learning rate 1e-2, betas (0.5, 0.999), weight decay 1e-6.
     Deviation: none.
     """
@@ -54,6 +63,30 @@ def make_outer_step(
       outer_optimizer: of the decision variables.
       hypergradient: of `make_hypergradient`.
 
+    Example:
+      One step with T = 1, by `jax.eval_shape` for the shapes alone.
+
+      >>> import flax.linen as nn
+      >>> import jax.numpy as jnp
+      >>> from dgl_jax.config import LossConfig
+      >>> from dgl_jax.losses import make_loss_fn
+      >>> from dgl_jax.sedona.hypergradient import ESTIMATORS, make_hypergradient
+      >>> from dgl_jax.sedona.relaxation import init_state, init_variables
+      >>> layers, heads = (nn.Dense(4), nn.Dense(4)), (nn.Dense(4),)
+      >>> network = RelaxedNetwork(layers, heads, nn.Dense(4), make_loss_fn(LossConfig()))
+      >>> optimizer = optax.sgd(0.1)
+      >>> outer_optimizer = make_outer_optimizer(SearchSettings(learning_rate=0.05))
+      >>> hypergradient = make_hypergradient(ESTIMATORS["unrolled"], network, optimizer)
+      >>> step = make_outer_step(network, optimizer, outer_optimizer, hypergradient)
+      >>> key, variables = jax.random.key(0), init_variables(num_layers=2, num_candidates=1)
+      >>> batch = Batch(jnp.ones((2, 4)), jnp.array([0, 2]))
+      >>> weights = init_state(network, optimizer, key, batch.images)
+      >>> state = OuterState(variables, outer_optimizer.init(variables))
+      >>> arguments = (state, weights, [batch, batch], batch, key)
+      >>> state, weights, metrics = jax.eval_shape(step, *arguments)
+      >>> state.variables.alpha.shape, sorted(metrics)
+      ((1, 2), ['loss', 'validation_loss', 'validation_top1'])
+
     Source: SEDONA's released code.
     Deviation: none.
     """
@@ -80,6 +113,11 @@ def snapshot_steps(settings: SearchSettings) -> list[int]:
 
     ``spread``: the last step and N - 1 before it, as evenly as can be over the whole.
     ``official``: the last step and N - 1 before it, ``snapshot_interval`` apart.
+
+    Example:
+      >>> settings = SearchSettings(num_pretraining_steps=100, num_snapshots=4)
+      >>> snapshot_steps(settings)
+      [25, 50, 75, 100]
 
     Source: SEDONA: a memory of weights from all of pretraining.
     Deviation: ``official`` is what the released code does: its memory keeps the last ones, since

@@ -10,6 +10,10 @@ from dgl_jax.partition import check_num_blocks
 def count_groupings(num_layers: int, num_blocks: int, num_candidates: int) -> int:
     """In how many ways L layers can be cut into K blocks with one of M heads at each cut.
 
+    Example:
+      >>> count_groupings(num_layers=8, num_blocks=4, num_candidates=2)  # 35 x 2 x 2 x 2.
+      280
+
     Raises:
       UserError: if K is not within 1..L.
     """
@@ -30,6 +34,14 @@ def draw_groupings(
 
     Yields:
       (cuts, heads): K - 1 increasing cuts and for each a head.
+
+    Example:
+      >>> for cuts, heads in sorted(draw_groupings(3, 2, ("mlp", "pred"), seed=0)):
+      ...     print(cuts, heads)
+      (0,) ('mlp',)
+      (0,) ('pred',)
+      (1,) ('mlp',)
+      (1,) ('pred',)
 
     Raises:
       UserError: if K is not within 1..L.

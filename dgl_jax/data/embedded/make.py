@@ -33,10 +33,13 @@ _UINT8 = 8  # the idx format's code of the element type
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
-    """Reads a gzipped idx file of uint8.
+    """Reads a gzipped idx file: uint8, of the shape that it says.
 
     Source: http://yann.lecun.com/exdb/mnist/: two zero bytes, a type code, the rank, then each
       dimension as a big-endian int32.
+
+    Raises:
+      UserError: there is no such file, or it is not of uint8.
     """
     if not path.is_file():
         raise UserError(
@@ -58,6 +61,7 @@ def first_of_each_class(labels: np.ndarray, num_a_class: int) -> np.ndarray:
 
 
 def main(argv: list[str]) -> int:
+    """Writes the .npz; the exit code is 2 where the idx files raise a `UserError`."""
     del argv
     arrays = {}
     try:
