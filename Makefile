@@ -1,11 +1,12 @@
 # make setup   environment in .venv, idempotent
 # make train   the main job: DGL on the embedded data, backprop beside it (a few minutes, 2 cores)
 # make test    all tests
-# make quick   a quick part of the tests
+# make quick   a quick part of the tests; TESTS="FILE ..." of these only
 # make lint    formatting and lint
 
 PYTHON ?= python3
 VENV ?= .venv
+TESTS ?= tests
 BIN = $(VENV)/bin
 # A host with an NVIDIA GPU gets jax with CUDA.
 REQUIREMENTS = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo requirements-cuda.txt || echo requirements.txt)
@@ -34,7 +35,7 @@ test: setup
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 quick: setup
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest $(TESTS) -n 2 --dist loadfile -m "not slow"
 
 lint: setup
 	$(BIN)/ruff format --check .
