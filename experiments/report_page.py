@@ -20,8 +20,8 @@ from run_folders import (
     NOT_LEARNED,
     Run,
     group,
-    learning_curve,
     point,
+    settings_of,
 )
 from verdicts import with_deviation
 
@@ -36,7 +36,8 @@ def draw(runs: Sequence[Run]) -> dict[str, list[tuple[str, bytes]]]:
     matplotlib.use("Agg")
     pictures = collections.defaultdict(list)
     for item in (item for item in evidence.ITEMS if item.name in _PLOTS):
-        rows = [row for row in item.rows if row.epoch is None and row.unit != evidence.FLOPS]
+        rows = [row for row in item.rows if row.epoch is None]
+        rows = [row for row in rows if row.unit not in (evidence.FLOPS, evidence.GIGA)]
         groups = {row: group(row, runs) for row in rows}
         for setting in sorted({setting for found in groups.values() for setting in found}):
             members = {row: found[setting] for row, found in groups.items() if setting in found}
@@ -44,13 +45,14 @@ def draw(runs: Sequence[Run]) -> dict[str, list[tuple[str, bytes]]]:
             if not members:
                 continue
             title = item.name if setting == FULL else f"{item.name}, reduced: {setting}"
+            about = settings_of(members).get(setting)
             with plt.rc_context(STYLE | {"svg.hashsalt": title, "svg.fonttype": "none"}):
                 figure = plt.figure(figsize=(7, 4))
                 _PLOTS[item.name](figure, members, setting == FULL)
-                figure.suptitle(title, fontsize=11)
-                file, about = io.BytesIO(), {"Date": None, "Creator": None}
-                about["Description"] = _digest(figure)
-                figure.savefig(file, format="svg", metadata=about)
+                figure.suptitle(f"{title} \N{EN DASH} {about}" if about else title, fontsize=10)
+                file, metadata = io.BytesIO(), {"Date": None, "Creator": None}
+                metadata["Description"] = _digest(figure)
+                figure.savefig(file, format="svg", metadata=metadata)
                 plt.close(figure)
             name = re.sub(r"\W+", "_", title).lower() + ".svg"
             pictures[item.name].append((name, file.getvalue()))
@@ -66,18 +68,29 @@ def _digest(figure: Any) -> str:
 
 
 def _plot_curves(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool) -> None:
-    """One line a run: a style for each method; a colour for each block, or else each method."""
+    """One line a run: a style for each method; a colour for each block, or else each method.
+
+    Accuracy; and, where rows have it, the training loss beside it.
+    """
     del is_full
-    axes, styles = figure.subplots(), _styles(members)
-    curves = [(row, found) for row, found in members.items() if row.share is None]
-    for place, (row, found) in enumerate(curves):
-        color = f"C{row.block if row.block >= 0 else place}"
-        for same in found.values():
-            curve = np.reshape(learning_curve(same[0], row.block), (-1, 2))  # It may be empty.
-            axes.plot(*curve.T, styles[row.config], color=color, lw=1.2)
-        axes.plot([], [], styles[row.config], color=color, label=row.label)
-    axes.set(xlabel="epochs of the block's own updates", ylabel="test accuracy, %")
-    axes.legend(frameon=False, fontsize="small")
+    styles = _styles(members)
+    quantities = list(dict.fromkeys(row.quantity for row in members))
+    figure.set_size_inches(7 if len(quantities) == 1 else 9, 4)
+    panels = np.ravel(figure.subplots(1, len(quantities), gridspec_kw={"wspace": 0.3}))
+    for axes, quantity in zip(panels, quantities, strict=True):
+        curves = [(row, members[row]) for row in members if row.quantity == quantity]
+        curves = [(row, found) for row, found in curves if row.share is None]
+        for place, (row, found) in enumerate(curves):
+            color = f"C{row.block if row.block >= 0 else place}"
+            for same in found.values():
+                curve = np.reshape(CURVES[quantity](same[0], row.block), (-1, 2))  # Or empty.
+                axes.plot(*curve.T, styles[row.config], color=color, lw=1.2)
+            axes.plot([], [], styles[row.config], color=color, label=row.label)
+        is_loss = quantity == "train_loss"
+        axes.set(xlabel="epochs of the block's own updates")
+        axes.set(ylabel="training loss" if is_loss else "test accuracy, %")
+        axes.set_yscale("log" if is_loss else "linear")
+        axes.legend(frameon=False, fontsize="small")
 
 
 def _plot_theorem(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool) -> None:
@@ -125,11 +138,11 @@ def _plot_values(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool
     ]
     means, places = [found.mean for found in points], range(len(points))
     has_bars = next(iter(members)).published is not None
-    for place, (mean, deviation, seeds, is_whole) in enumerate(points):
-        look = {"color": "black" if has_bars else "C0", "mfc": "C0" if is_whole else "white"}
+    for place, found in enumerate(points):
+        look = {"color": "black" if has_bars else "C0", "mfc": "C0" if found.is_whole else "white"}
         look |= {"fmt": "" if has_bars else "o", "capsize": 3}
-        drawn = axes.errorbar(place, mean, deviation, **look)
-        if seeds == 1:
+        drawn = axes.errorbar(place, found.mean, found.deviation, **look)
+        if found.seeds == 1:
             drawn.lines[2][0].set_linestyle("--")
     axes.set_title(
         "mean and deviation over seeds (dashed: of one seed, assumed; hollow: runs missing)",
@@ -142,8 +155,10 @@ def _plot_values(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool
             axes.plot(places, published, "kD", label="published")
         axes.set_ylim(min(means + published) - 2, max(means + published) + 2)
         axes.legend(frameon=False, fontsize="small")
-    axes.set_xticks(places, [row.label.replace("synchronous ", "") for row in members])
-    axes.set_ylabel("test accuracy, %")
+    labels = [row.label.replace("synchronous ", "") for row in members]
+    is_long = sum(map(len, labels)) > 80
+    axes.set_xticks(places, labels, rotation=90 if is_long else 0, fontsize=7 if is_long else None)
+    axes.set_ylabel(f"test {next(iter(members)).unit}")
 
 
 _PLOTS = {
@@ -153,6 +168,8 @@ _PLOTS = {
     "Table 1": _plot_values,
     "Figure 5": _plot_values,
     "Figure 6": _plot_values,
+    "ResNet-101 by K": _plot_values,
+    "Ensembles": _plot_values,
 }
 
 # ---- The page: parts, (kind, content), of which both Markdown and HTML are made.
@@ -163,17 +180,23 @@ _COMMAND = (
 )
 _RULES = (
     "A claim's comparison holds, or does not, where the difference clears its bound by more than "
-    "twice its standard error; between, it is not decided. A figure agrees with the published one "
-    "(green) within twice the standard error of their difference, is near (amber) up to "
+    "half of its 95 % confidence interval (Student's, by Welch; of two figures of the same runs, "
+    "run by run); between, it is not decided. A figure agrees with the published one (green) "
+    "within that of their difference, is near (amber) up to "
     f"{evidence.NEAR:g} % beyond, and differs (red) further on. Where there is one seed, published "
     f"or ours, a standard deviation of {evidence.SPREAD:g} % is assumed, of "
     f"{evidence.EARLY_SPREAD:g} % before the end, of {evidence.REDUCED_SPREAD:g} % at the end of "
-    f"reduced settings (of distances {evidence.DISTANCE_SPREAD:g}, of FLOPs and rates none). "
-    "Measured: the mean over seeds ± their standard deviation (of a sample); a seed's value is "
+    "reduced settings ("
+    + ", ".join(
+        f"of {unit.partition(',')[0]} {spread:g}"
+        for unit, spread in evidence.SPREAD_OF_UNIT.items()
+    )
+    + "). Measured: the mean over seeds ± their standard deviation (of a sample); a seed's value is "
     "the mean over its runs. A run "
     f"counts for a row if its configuration is the row's but for {', '.join(NOT_LEARNED)}. "
-    "Reduced settings, fewer epochs or a word such as short, are other experiments: what they say "
-    "of a claim stands apart, and judges nothing."
+    "Reduced settings, fewer epochs or a word such as short, are other experiments, on other "
+    "images and with smaller networks, as each table says: what they say of a claim stands apart, "
+    "and judges nothing."
 )
 _HEADER = ["configuration", "published", "measured", "runs", "epochs", "device", "difference"]
 _HEADER += ["verdict", "reduced settings"]
@@ -184,7 +207,7 @@ def page(content: Mapping[str, Any], pictures: Mapping[str, Any]) -> list[tuple[
     rows = [row for item in content["items"] for row in item["rows"]]
     count = f"{sum(row['measured'] is not None for row in rows)} of {len(rows)} figures"
     claims = [line for claim in content["claims"] for line in _claim_lines(claim)]
-    header = ["verdict", "claim, and the differences that decide it, ± twice their standard error"]
+    header = ["verdict", "claim, and the differences that decide it, ± half of their 95 % interval"]
     header += ["at the papers' settings", "at reduced settings"]
     parts = [
         ("h1", "What the papers report, and what was measured"),
@@ -199,15 +222,31 @@ def page(content: Mapping[str, Any], pictures: Mapping[str, Any]) -> list[tuple[
         parts += [
             ("h2", f"{item['paper']}, {item['name']}: {item['title']}"),
             ("p", item["note"]),
+            ("p", _settings_line(item["settings"])),
             ("table", (header, [_cells(row) for row in item["rows"]], colours)),
-            ("pre", f"{_COMMAND}  # {item['seeds']} seed(s), from 0; reduced: CONFIGURATION,short"),
+            ("pre", f"{_COMMAND}  # {item['seeds']} seed(s), from 0{_words(item['settings'])}"),
             *(("img", picture) for picture in pictures.get(item["name"], ())),
         ]
-    parts.append(("h2", "Other runs"))
+    header = ["where", "what", "here"]
+    parts += [
+        ("h2", "What no run measures"),
+        ("table", (header, evidence.WITHOUT_ROWS, ["plain"] * len(evidence.WITHOUT_ROWS))),
+        ("h2", "Other runs"),
+    ]
     others = [[folder, reason] for folder, reason in content["other_runs"].items()]
     if others:
         return [*parts, ("table", (["folder", "why"], others, ["grey"] * len(others)))]
     return [*parts, ("p", "None.")]
+
+
+def _settings_line(settings: Mapping[str, str]) -> str:
+    """A sentence for each setting: the data set, the networks times their width, the length."""
+    return "; ".join(f"{setting}: {about}" for setting, about in settings.items()) + "."
+
+
+def _words(settings: Mapping[str, str]) -> str:
+    words = [f"CONFIGURATION,{word}" for word in settings if word != FULL]
+    return f"; reduced: {' or '.join(words)}" if words else ""
 
 
 def _heading(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -275,7 +314,8 @@ def _with_reduced(colour: str, reduced: Iterable[Mapping[str, Any]]) -> str:
 def _difference(one: Mapping[str, Any]) -> str:
     if one["error"] is None:
         return "-"
-    return f"{one['difference']:+.2f} ± {one['error']:.2f}"
+    text = f"{one['difference']:+.2f} ± {one['error']:.2f}"
+    return f"{text} (one seed)" if one["seeds"] == 1 else text
 
 
 def to_markdown(parts: Sequence[tuple[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import evidence
@@ -30,6 +30,8 @@ NOT_LEARNED = (
 )  # fmt: skip
 # In a shorter run of the same setting these differ.
 _LENGTH = ("train.num_epochs", "train.num_steps", "optimizer.drop_epochs")
+
+_EMBEDDED = "embedded (a part of Fashion-MNIST)"
 
 Settings = frozenset[tuple[str, Any]]  # (field, value).
 
@@ -169,6 +171,33 @@ def _any_length(settings: Settings) -> Settings:
     return frozenset((field, value) for field, value in settings if field not in _LENGTH)
 
 
+def settings_of(rows: Iterable[evidence.Row]) -> dict[str, str]:
+    """By setting, FULL or a word, what the rows' runs train on what, and how long.
+
+    Example: {"full": "cifar10, cnn4, 50 epochs", "short": "embedded (a part of Fashion-MNIST), ..."}.
+    """
+    found = collections.defaultdict(list)
+    for row in rows:
+        for short in ("", *row.short):
+            found[short or FULL] += map(evidence.load, evidence.configurations(row, short))
+    return {setting: _about(configs) for setting, configs in found.items()}
+
+
+def _about(configs: Sequence[Config]) -> str:
+    lengths = (
+        f"{c.train.num_steps:,} steps" if c.train.num_steps else f"{c.train.num_epochs:g} epochs"
+        for c in configs
+    )
+    factors = (c.network.width_factor for c in configs)
+    networks = (
+        c.network.name + (f" x {factor:g}" if factor != 1 else "")
+        for c, factor in zip(configs, factors)
+    )
+    sets = (_EMBEDDED if c.data.name == "embedded" else c.data.name for c in configs)
+    parts = (sets, networks, lengths)
+    return ", ".join("/".join(dict.fromkeys(part)) for part in parts)
+
+
 def learning_curve(run: Run, block: int) -> list[tuple[float, float]]:
     """(Epochs of its own updates, test accuracy in %) of a block, -1 for the last.
 
@@ -213,10 +242,29 @@ def rate_sum(run: Run, block: int) -> list[tuple[float, float]]:
     return [((step + 1) / steps_per_epoch, float(total)) for step, total in enumerate(sums)]
 
 
+def train_loss(run: Run, block: int) -> list[tuple[float, float]]:
+    """(Epochs of its own updates, loss on its training batches) of a block, -1 for the last."""
+    block = run.classifiers[block] if block < 0 else block
+    return _curve(run, block, _metrics(run), f"train/block_{block}/loss")
+
+
 CURVES = {
     "input_drift": input_drift, "gradient_sum": gradient_sum, "rate_sum": rate_sum,
-    "test_top1": learning_curve,
+    "test_top1": learning_curve, "train_loss": train_loss,
 }  # fmt: skip
+
+
+def _network_flops(summary: Mapping[str, Any]) -> float:
+    """Of a forward pass: of all blocks' layers, and of the last head, which is the network's own."""
+    return sum(summary["block_flops"]) + summary["head_flops"][-1]
+
+
+# What is counted of a run's network, from its summary. A multiply-add is two operations.
+COUNTS = {
+    "costliest_head": lambda summary: max(summary["head_flops"][:-1]) / _network_flops(summary),
+    "network_multiply_adds": lambda summary: _network_flops(summary) / 2e9,
+    "head_multiply_adds": lambda summary: sum(summary["head_flops"][:-1]) / 2e9,
+}
 
 
 def _metrics(run: Run) -> list[dict[str, Any]]:
@@ -234,7 +282,7 @@ def _curve(
 
 
 def value_of(row: evidence.Row, run: Run) -> float | None:
-    """A row's number in one run; None if it was not evaluated within half an epoch."""
+    """A row's number in one run; None if the run has none, or not within half an epoch."""
     if row.share is not None:
         curve = CURVES[row.quantity](run, row.block)
         epoch = row.share * run.summary["epochs"]
@@ -247,13 +295,19 @@ def value_of(row: evidence.Row, run: Run) -> float | None:
         return _at(row.epoch, learning_curve(run, row.block))
     if row.tail is not None:
         begin = (1 - row.tail) * run.summary["epochs"] + 1e-6
-        tail = [top1 for epoch, top1 in learning_curve(run, row.block) if epoch > begin]
-        if tail:
-            return statistics.fmean(tail)
+        curve = CURVES[row.quantity](run, row.block)
+        tail = [value for epoch, value in curve if epoch > begin]
+        if tail or row.quantity not in run.summary:
+            return statistics.fmean(tail) if tail else None
+    if row.quantity in COUNTS:
+        if "head_flops" not in run.summary:
+            return None
+        value = COUNTS[row.quantity](run.summary)
+        return value if row.unit == evidence.GIGA else 100 * value
     value = run.summary[row.quantity]
-    if row.unit == evidence.FLOPS:
-        value = max(value)
-    elif isinstance(value, list):
+    if row.unit == evidence.FLOPS:  # Of every block, whether it classifies or not.
+        return 100 * value[row.block]
+    if isinstance(value, list):
         value = value[list(run.classifiers).index(row.block) if row.block >= 0 else -1]
     return 100 - 100 * value if row.unit == evidence.ERROR else 100 * value
 

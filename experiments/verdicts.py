@@ -1,11 +1,10 @@
 """What holds: each figure of the papers and each claim, beside what was measured."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import evidence
-from run_folders import FULL, Run, group, point
+from run_folders import FULL, Run, group, point, settings_of
 
 _COLOURS = {
     evidence.HOLDS: "green",
@@ -16,7 +15,7 @@ _COLOURS = {
 
 
 def judge(row: evidence.Row, measured: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A figure against the published one, by twice the standard error of their difference."""
+    """A figure against the published one, by the 95 % confidence interval of their difference."""
     nothing = {"difference": None, "error": None}
     if measured is None:
         return {"verdict": evidence.NOT_RUN, "colour": "grey"} | nothing
@@ -25,9 +24,10 @@ def judge(row: evidence.Row, measured: Mapping[str, Any] | None) -> dict[str, An
     difference = measured["mean"] - row.published
     ours = with_deviation(row, measured)
     theirs = evidence.assumed_spread(row) if row.spread is None else row.spread
-    error = 2 * math.sqrt(ours.deviation**2 / ours.seeds + theirs**2)
+    error = evidence.half_interval([ours, evidence.Measured(row.published, theirs, 1)])
+    near = evidence.NEAR if row.unit.endswith("%") else evidence.NEAR_PART * row.published
     side, beyond = "above" if difference > 0 else "below", abs(difference) - error
-    colour = "green" if beyond <= 0 else "amber" if beyond <= evidence.NEAR else "red"
+    colour = "green" if beyond <= 0 else "amber" if beyond <= near else "red"
     words = {"green": "agrees", "amber": f"near, {side}", "red": f"differs, {side}"}[colour]
     return {"verdict": words, "colour": colour, "difference": difference, "error": error}
 
@@ -53,7 +53,7 @@ def measure(runs: Sequence[Run], others: Mapping[str, str]) -> dict[str, Any]:
             about = {"label": row.label, "unit": row.unit, "configurations": names}
             about |= {"wanted_runs": item.seeds * len(names), "published": row.published}
             rows.append(about | {"measured": full} | judge(row, full) | {"reduced": reduced})
-        items.append(item._asdict() | {"rows": rows})
+        items.append(item._asdict() | {"settings": settings_of(item.rows), "rows": rows})
     for claim in evidence.CLAIMS:
         item = next(item for item in evidence.ITEMS if item.name == claim.item)
         rows = list(zip(item.rows, next(i["rows"] for i in items if i["name"] == claim.item)))
@@ -78,6 +78,8 @@ def _decided(claim: evidence.Claim, measured: Mapping[str, evidence.Measured]) -
     for comparison in claim.comparisons:
         found = zip(("verdict", "difference", "error"), evidence.compare(comparison, measured))
         words = {"rule": str(comparison), **comparison._asdict(), **dict(found)}
+        rows = [measured[label] for label in comparison[:2] if label in measured]
+        words["seeds"] = min((row.seeds for row in rows), default=None)
         compared.append(words | {"colour": _COLOURS[words["verdict"]]})
     return {"verdict": verdict, "colour": _COLOURS[verdict], "comparisons": compared}
 
@@ -90,5 +92,10 @@ def with_deviation(
     deviation = evidence.assumed_spread(row, is_reduced) if deviation is None else deviation
     # Of each seed that counts, as many configurations as of any other.
     wanted = found["seeds"] * len(evidence.configurations(row, short))
-    is_whole = len(found["runs"]) == wanted
-    return evidence.Measured(found["mean"], deviation, found["seeds"], is_whole)
+    runs, is_whole = found["runs"], len(found["runs"]) == wanted
+    by_seed = (
+        zip(*((run["folder"], run["value"]) for run in runs))
+        if len(runs) == found["seeds"]
+        else ((), ())
+    )
+    return evidence.Measured(found["mean"], deviation, found["seeds"], is_whole, *by_seed)
