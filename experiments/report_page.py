@@ -36,8 +36,7 @@ def draw(runs: Sequence[Run]) -> dict[str, list[tuple[str, bytes]]]:
     matplotlib.use("Agg")
     pictures = collections.defaultdict(list)
     for item in (item for item in evidence.ITEMS if item.name in _PLOTS):
-        rows = [row for row in item.rows if row.epoch is None]
-        rows = [row for row in rows if row.unit not in (evidence.FLOPS, evidence.GIGA)]
+        rows = [row for row in item.rows if row.epoch is None and row.unit not in evidence.COUNTED]
         groups = {row: group(row, runs) for row in rows}
         for setting in sorted({setting for found in groups.values() for setting in found}):
             members = {row: found[setting] for row, found in groups.items() if setting in found}
@@ -137,7 +136,7 @@ def _plot_values(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool
         for row, found in members.items()
     ]
     means, places = [found.mean for found in points], range(len(points))
-    has_bars = next(iter(members)).published is not None
+    has_bars = all(row.published is not None for row in members)
     for place, found in enumerate(points):
         look = {"color": "black" if has_bars else "C0", "mfc": "C0" if found.is_whole else "white"}
         look |= {"fmt": "" if has_bars else "o", "capsize": 3}
@@ -181,22 +180,26 @@ _COMMAND = (
 _RULES = (
     "A claim's comparison holds, or does not, where the difference clears its bound by more than "
     "half of its 95 % confidence interval (Student's, by Welch; of two figures of the same runs, "
-    "run by run); between, it is not decided. A figure agrees with the published one (green) "
-    "within that of their difference, is near (amber) up to "
-    f"{evidence.NEAR:g} % beyond, and differs (red) further on. Where there is one seed, published "
-    f"or ours, a standard deviation of {evidence.SPREAD:g} % is assumed, of "
+    "run by run); between, it is not decided. The test images are taken as given. A figure agrees "
+    "with the published one (green) within that of their difference, of what is counted within the "
+    f"rounding, is near (amber) up to {evidence.NEAR:g} % beyond (in other units "
+    f"{100 * evidence.NEAR_PART:g} % of the published one), and differs (red) further on. Where "
+    "there is one seed, published or ours, a standard deviation of "
+    f"{evidence.SPREAD:g} % is assumed, of "
     f"{evidence.EARLY_SPREAD:g} % before the end, of {evidence.REDUCED_SPREAD:g} % at the end of "
     "reduced settings ("
     + ", ".join(
         f"of {unit.partition(',')[0]} {spread:g}"
         for unit, spread in evidence.SPREAD_OF_UNIT.items()
+        if unit not in evidence.COUNTED
     )
-    + "). Measured: the mean over seeds ± their standard deviation (of a sample); a seed's value is "
-    "the mean over its runs. A run "
+    + "): of two single runs a difference of less than 1.4 % is not decided. Measured: the mean "
+    "over seeds ± their standard deviation (of a sample); a seed's value is the mean over its runs. "
+    "A run "
     f"counts for a row if its configuration is the row's but for {', '.join(NOT_LEARNED)}. "
-    "Reduced settings, fewer epochs or a word such as short, are other experiments, on other "
-    "images and with smaller networks, as each table says: what they say of a claim stands apart, "
-    "and judges nothing."
+    "Reduced settings, fewer epochs or a word such as short, are other experiments, most on other "
+    "images and with smaller networks, as is said above each table: what they say of a claim stands "
+    "apart, and judges nothing."
 )
 _HEADER = ["configuration", "published", "measured", "runs", "epochs", "device", "difference"]
 _HEADER += ["verdict", "reduced settings"]
@@ -260,7 +263,7 @@ def _heading(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     names, found, published = row["configurations"], row["measured"], row["published"]
     reduced = [
-        f"{setting}: {_value(one)} ({one['seeds']} seed(s), {len(one['runs'])} of "
+        f"{setting}: {_value(one, row['unit'])} ({one['seeds']} seed(s), {len(one['runs'])} of "
         f"{one['wanted_runs']} runs, {one['epochs']:.4g} epochs, {', '.join(one['devices'])})"
         for setting, one in row["reduced"].items()
     ]
@@ -268,7 +271,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         row["label"],
         names[0] + (f" ... {names[-1].rpartition(',')[2]}" if len(names) > 1 else ""),
         "-" if published is None else str(published),
-        _value(found) if found else evidence.NOT_RUN,
+        _value(found, row["unit"]) if found else evidence.NOT_RUN,
         f"{len(found['runs']) if found else 0} of {row['wanted_runs']}",
         f"{found['epochs']:.4g}" if found else "-",
         ", ".join(found["devices"]) if found else "-",
@@ -278,9 +281,10 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _value(found: Mapping[str, Any]) -> str:
-    text = f"{found['mean']:.2f}"
-    return text if found["deviation"] is None else f"{text} ± {found['deviation']:.2f}"
+def _value(found: Mapping[str, Any], unit: str) -> str:
+    digits = 3 if unit in (evidence.LOSS, evidence.GIGA) else 2
+    text, deviation = f"{found['mean']:.{digits}f}", found["deviation"]
+    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
 
 
 def _claim_lines(claim: Mapping[str, Any]) -> list[tuple[list[str], str]]:

@@ -123,9 +123,10 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 def _check_summary(path: pathlib.Path, summary: Mapping[str, Any]) -> None:
     """That what is taken from it are numbers, or lists of numbers, one a block."""
     fractions = ("test_top1", "test_top5", "ensemble_last_top1")
-    for name in (*fractions, "aux_flops_ratio", "epochs", "steps"):
+    later = [name for name in ("block_flops", "head_flops") if name in summary]
+    for name in (*fractions, "aux_flops_ratio", "epochs", "steps", *later):
         value, most = summary.get(name), 1 if name in fractions else math.inf
-        is_list = name.startswith(("test", "aux"))
+        is_list = name.startswith(("test", "aux", *later))
         is_length = name in ("epochs", "steps")  # One divides by them.
         numbers = value if is_list else [value]
         if not (isinstance(numbers, list) and numbers) or not all(
@@ -261,7 +262,11 @@ def _network_flops(summary: Mapping[str, Any]) -> float:
 
 # What is counted of a run's network, from its summary. A multiply-add is two operations.
 COUNTS = {
+    "costliest_head_by_block": lambda summary: (
+        max(summary["head_flops"][:-1]) / max(summary["block_flops"])
+    ),
     "costliest_head": lambda summary: max(summary["head_flops"][:-1]) / _network_flops(summary),
+    "all_heads": lambda summary: sum(summary["head_flops"][:-1]) / _network_flops(summary),
     "network_multiply_adds": lambda summary: _network_flops(summary) / 2e9,
     "head_multiply_adds": lambda summary: sum(summary["head_flops"][:-1]) / 2e9,
 }
@@ -297,19 +302,27 @@ def value_of(row: evidence.Row, run: Run) -> float | None:
         begin = (1 - row.tail) * run.summary["epochs"] + 1e-6
         curve = CURVES[row.quantity](run, row.block)
         tail = [value for epoch, value in curve if epoch > begin]
-        if tail or row.quantity not in run.summary:
-            return statistics.fmean(tail) if tail else None
-    if row.quantity in COUNTS:
-        if "head_flops" not in run.summary:
-            return None
-        value = COUNTS[row.quantity](run.summary)
-        return value if row.unit == evidence.GIGA else 100 * value
+        if tail:
+            return statistics.fmean(tail)
+    if row.unit in evidence.COUNTED:
+        return _counted(row, run.summary)
+    if row.quantity not in run.summary:
+        return None
     value = run.summary[row.quantity]
-    if row.unit == evidence.FLOPS:  # Of every block, whether it classifies or not.
-        return 100 * value[row.block]
     if isinstance(value, list):
         value = value[list(run.classifiers).index(row.block) if row.block >= 0 else -1]
     return 100 - 100 * value if row.unit == evidence.ERROR else 100 * value
+
+
+def _counted(row: evidence.Row, summary: Mapping[str, Any]) -> float | None:
+    """What needs no training; None of a network without heads, and of older summaries."""
+    if row.quantity in COUNTS:
+        if len(summary.get("head_flops", ())) < 2:
+            return None
+        value = COUNTS[row.quantity](summary)
+        return value if row.unit == evidence.GIGA else 100 * value
+    of_blocks = summary[row.quantity]  # Of every block, whether it classifies or not.
+    return 100 * of_blocks[row.block] if row.block < len(of_blocks) else None
 
 
 def _at(epoch: float, curve: Sequence[tuple[float, float]]) -> float | None:

@@ -82,14 +82,14 @@ def of_the_papers(
     for item in evidence.ITEMS:
         if items and item.name not in items:
             continue
-        undecided = [
-            label
+        pairs = {  # A comparison and its converse are one.
+            (claim["sentence"], frozenset((comparison["a"], comparison["b"])))
             for claim in claims
             if claim["item"] == item.name
             for comparison in _compared(claim, short)
             if comparison["verdict"] in open_verdicts
-            for label in (comparison["a"], comparison["b"])
-        ]
+        }
+        undecided = [label for _, pair in pairs for label in pair]
         for row in item.rows:
             if short and short not in row.short:
                 continue
@@ -97,6 +97,8 @@ def of_the_papers(
             for name in names:
                 before, most = helps.get(name, (0.0, 0))
                 value = (1 + undecided.count(row.label)) / len(names)
+                if row.unit in evidence.COUNTED:  # It comes with the other figures of the run.
+                    value = 0.0
                 helps[name] = before + value, seeds or max(most, item.seeds)
     if not helps:
         chosen = [item for item in evidence.ITEMS if not items or item.name in items]

@@ -91,6 +91,9 @@ def test_what_the_papers_still_lack():
     assert figure5["figure5.py:dgl,short"][0] == 1 + 4
     full = worth.of_the_papers((), "full", ["Table 2"], 1)
     assert full["table2.py:dgl"] == (1 + 2, 1) and full["table2.py:ddg"] == (1 + 1, 1)
+    # What is counted of a network comes with its other figures.
+    counted = worth.of_the_papers((), "full", ["Table 4"], None)
+    assert set(counted.values()) == {(0.0, 1)} and len(counted) == 3
     with pytest.raises(UserError, match="'Table 9' is unknown; choose from Proposition 3.1, "):
         worth.of_the_papers((), "full", ["Table 9"], None)
     with pytest.raises(UserError, match="setting=tiny: no row has it; choose from full, epochs=8"):
