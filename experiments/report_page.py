@@ -73,12 +73,12 @@ def _plot_curves(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool
     """
     del is_full
     styles = _styles(members)
+    members = {row: found for row, found in members.items() if row.share is None}
     quantities = list(dict.fromkeys(row.quantity for row in members))
     figure.set_size_inches(7 if len(quantities) == 1 else 9, 4)
     panels = np.ravel(figure.subplots(1, len(quantities), gridspec_kw={"wspace": 0.3}))
     for axes, quantity in zip(panels, quantities, strict=True):
-        curves = [(row, members[row]) for row in members if row.quantity == quantity]
-        curves = [(row, found) for row, found in curves if row.share is None]
+        curves = [(row, found) for row, found in members.items() if row.quantity == quantity]
         for place, (row, found) in enumerate(curves):
             color = f"C{row.block if row.block >= 0 else place}"
             for same in found.values():

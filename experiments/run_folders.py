@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -249,9 +250,16 @@ def train_loss(run: Run, block: int) -> list[tuple[float, float]]:
     return _curve(run, block, _metrics(run), f"train/block_{block}/loss")
 
 
+def mean_top1(run: Run, block: int) -> list[tuple[float, float]]:
+    """(Epochs of its own updates, mean of its test accuracies in % up to there) of a block."""
+    curve = learning_curve(run, block)
+    sums = itertools.accumulate(top1 for _, top1 in curve)
+    return [(epoch, total / n) for n, ((epoch, _), total) in enumerate(zip(curve, sums), start=1)]
+
+
 CURVES = {
     "input_drift": input_drift, "gradient_sum": gradient_sum, "rate_sum": rate_sum,
-    "test_top1": learning_curve, "train_loss": train_loss,
+    "test_top1": learning_curve, "mean_top1": mean_top1, "train_loss": train_loss,
 }  # fmt: skip
 
 
@@ -291,7 +299,7 @@ def value_of(row: evidence.Row, run: Run) -> float | None:
     if row.share is not None:
         curve = CURVES[row.quantity](run, row.block)
         epoch = row.share * run.summary["epochs"]
-        if row.quantity == "test_top1":  # A rate may drop there: not after it.
+        if row.unit == evidence.ACCURACY:  # A rate may drop there: not after it.
             curve = [(x, top1) for x, top1 in curve if x <= epoch + 1e-6]
         value = _at(epoch, curve)
         is_part = value is not None and row.unit == evidence.PART

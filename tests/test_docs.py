@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -234,13 +235,30 @@ def test_our_figures_are_those_of_the_results():
         assert missing == [], page.name
 
 
-def test_figures_beside_the_papers_claims_are_in_the_report():
+def test_the_papers_claims_are_those_of_the_report():
+    """Each claim of which something was run, its verdicts, and figures of its table or figure."""
     section = (_ROOT / "README.md").read_text().partition("## The papers' claims")[2]
-    results = _ROOT / "experiments" / "results"
-    texts = [(results / name).read_text() for name in ("report/report.md", "sedona_short.md")]
-    figures = re.findall(r"\d+\.\d\d ± \d+\.\d\d", section.partition("\n## ")[0])
-    assert len(figures) > 20
-    assert [figure for figure in figures if figure not in "\n".join(texts)] == []
+    lines = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[1:]]
+    report = _ROOT / "experiments" / "results" / "report"
+    content, text = (
+        json.loads((report / "report.json").read_text()),
+        (report / "report.md").read_text(),
+    )
+    claims = []
+    for claim in content["claims"]:
+        verdicts = {name: found["verdict"] for name, found in claim["reduced"].items()}
+        ran = [f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict != "not run"]
+        if ran:
+            claims.append((f"{claim['item']}: {claim['sentence']}", "; ".join(ran), claim))
+    assert [(row[0], row[-1]) for row in cells] == [claim[:2] for claim in claims]
+    figures = 0
+    for row, (_, _, claim) in zip(cells, claims, strict=True):
+        item = text.split(f"\n## {claim['paper']}, {claim['item']}: ")[1].split("\n## ")[0]
+        for figure in re.findall(r"\d+\.\d+ ± \d+\.\d+", " ".join(row)):
+            assert f": {figure} (" in item, figure
+            figures += 1
+    assert figures > 20
 
 
 @pytest.mark.slow
