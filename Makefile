@@ -2,6 +2,7 @@
 # make train   the main job: DGL on the embedded data, backprop beside it (a few minutes, 2 cores)
 # make test    all tests
 # make quick   a quick part of the tests; TESTS="FILE ..." of these only
+# make slow    the other tests
 # make lint    formatting and lint
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN = $(VENV)/bin
 REQUIREMENTS = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo requirements-cuda.txt || echo requirements.txt)
 STAMP = $(VENV)/.installed
 
-.PHONY: setup train test quick lint clean
+.PHONY: setup train test quick slow lint clean
 
 setup: $(STAMP)
 
@@ -36,6 +37,9 @@ test: setup
 
 quick: setup
 	$(BIN)/python -m pytest $(TESTS) -n 2 --dist loadfile -m "not slow"
+
+slow: setup
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile -m slow
 
 lint: setup
 	$(BIN)/ruff format --check .
