@@ -190,14 +190,12 @@ def _about(configs: Sequence[Config]) -> str:
         f"{c.train.num_steps:,} steps" if c.train.num_steps else f"{c.train.num_epochs:g} epochs"
         for c in configs
     )
-    factors = (c.network.width_factor for c in configs)
     networks = (
-        c.network.name + (f" x {factor:g}" if factor != 1 else "")
-        for c, factor in zip(configs, factors)
+        f"{n.name} x {n.width_factor:g}" if n.width_factor != 1 else n.name
+        for n in (c.network for c in configs)
     )
     sets = (_EMBEDDED if c.data.name == "embedded" else c.data.name for c in configs)
-    parts = (sets, networks, lengths)
-    return ", ".join("/".join(dict.fromkeys(part)) for part in parts)
+    return ", ".join("/".join(dict.fromkeys(part)) for part in (sets, networks, lengths))
 
 
 def learning_curve(run: Run, block: int) -> list[tuple[float, float]]:

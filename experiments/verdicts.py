@@ -24,9 +24,10 @@ def judge(row: evidence.Row, measured: Mapping[str, Any] | None) -> dict[str, An
     difference = measured["mean"] - row.published
     ours = with_deviation(row, measured)
     theirs = evidence.assumed_spread(row) if row.spread is None else row.spread
-    error = evidence.half_interval([ours, evidence.Measured(row.published, theirs, 1)])
     if row.unit in evidence.COUNTED:
         error = theirs  # The rounding.
+    else:
+        error = evidence.half_interval([ours, evidence.Measured(row.published, theirs, 1)])
     near = evidence.NEAR if row.unit.endswith("%") else evidence.NEAR_PART * row.published
     side, beyond = "above" if difference > 0 else "below", abs(difference) - error
     colour = "green" if beyond <= 0 else "amber" if beyond <= near else "red"
