@@ -14,6 +14,7 @@ import evidence
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import verdicts
 from run_folders import (
     CURVES,
     FULL,
@@ -23,7 +24,6 @@ from run_folders import (
     point,
     settings_of,
 )
-from verdicts import with_deviation
 
 from dgl_jax.plots import STYLE
 from dgl_jax.tables import markdown
@@ -132,7 +132,7 @@ def _plot_values(figure: Any, members: Mapping[evidence.Row, Any], is_full: bool
     """
     axes = figure.subplots()
     points = [
-        with_deviation(row, point(row, found), is_reduced=not is_full)
+        verdicts.with_deviation(row, point(row, found), is_reduced=not is_full)
         for row, found in members.items()
     ]
     means, places = [found.mean for found in points], range(len(points))
@@ -177,25 +177,32 @@ _COMMAND = (
     "python experiments/train.py --config=experiments/configs/CONFIGURATION --workdir=DIR "
     "--config.data.data_dir=TFDS_DIR --config.seed=SEED"
 )
+_TWO_RUNS, _TWO_REDUCED_RUNS = (
+    verdicts.half_interval(2 * [verdicts.Measured(0.0, spread, 1)])
+    for spread in (verdicts.SPREAD, verdicts.REDUCED_SPREAD)
+)
 _RULES = (
     "A claim's comparison holds, or does not, where the difference clears its bound by more than "
-    "half of its 95 % confidence interval (Student's, by Welch; of two figures of the same runs, "
-    "run by run); between, it is not decided. The test images are taken as given. A figure agrees "
+    "half of its 95 % confidence interval (Student's; of two figures of the same seeds, seed by "
+    "seed, as a seed decides initial weights and the order of images, else by Welch); between, it is "
+    "not decided. The test images are taken as given. A figure agrees "
     "with the published one (green) within that of their difference, of what is counted within the "
-    f"rounding, is near (amber) up to {evidence.NEAR:g} % beyond (in other units "
-    f"{100 * evidence.NEAR_PART:g} % of the published one), and differs (red) further on. Where "
+    f"rounding, is near (amber) up to {verdicts.NEAR:g} % beyond (in other units "
+    f"{100 * verdicts.NEAR_PART:g} % of the published one), and differs (red) further on. Where "
     "there is one seed, published or ours, a standard deviation of "
-    f"{evidence.SPREAD:g} % is assumed, of "
-    f"{evidence.EARLY_SPREAD:g} % before the end, of {evidence.REDUCED_SPREAD:g} % at the end of "
+    f"{verdicts.SPREAD:g} % is assumed, of "
+    f"{verdicts.EARLY_SPREAD:g} % before the end, of {verdicts.REDUCED_SPREAD:g} % at the end of "
     "reduced settings ("
     + ", ".join(
         f"of {unit.partition(',')[0]} {spread:g}"
-        for unit, spread in evidence.SPREAD_OF_UNIT.items()
+        for unit, spread in verdicts.SPREAD_OF_UNIT.items()
         if unit not in evidence.COUNTED
     )
-    + "): of two single runs a difference of less than 1.4 % is not decided. Measured: the mean "
-    "over seeds ± their standard deviation (of a sample); a seed's value is the mean over its runs. "
-    "A run "
+    + f", of {evidence.LOSS} {100 * verdicts.SPREAD_OF_LOSS:g} % of it): of two single runs a "
+    f"difference of less than {_TWO_RUNS:.1f} % is not decided, of reduced settings than "
+    f"{_TWO_REDUCED_RUNS:.1f} %. Some verdicts are chance: where nothing differs from the bound, one in "
+    "twenty. Measured: the mean over seeds ± their standard deviation (of a sample); a seed's value "
+    "is the mean over its runs. A run "
     f"counts for a row if its configuration is the row's but for {', '.join(NOT_LEARNED)}. "
     "Reduced settings, fewer epochs or a word such as short, are other experiments, most on other "
     "images and with smaller networks, as is said above each table: what they say of a claim stands "
@@ -271,7 +278,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         row["label"],
         names[0] + (f" ... {names[-1].rpartition(',')[2]}" if len(names) > 1 else ""),
         "-" if published is None else str(published),
-        _value(found, row["unit"]) if found else evidence.NOT_RUN,
+        _value(found, row["unit"]) if found else verdicts.NOT_RUN,
         f"{len(found['runs']) if found else 0} of {row['wanted_runs']}",
         f"{found['epochs']:.4g}" if found else "-",
         ", ".join(found["devices"]) if found else "-",
@@ -290,10 +297,10 @@ def _value(found: Mapping[str, Any], unit: str) -> str:
 def _claim_lines(claim: Mapping[str, Any]) -> list[tuple[list[str], str]]:
     """Cells and colour: of the claim, and of each of its comparisons."""
     reduced = claim["reduced"]
-    verdicts = "; ".join(f"{setting}: {found['verdict']}" for setting, found in reduced.items())
+    words = "; ".join(f"{setting}: {found['verdict']}" for setting, found in reduced.items())
     sentence = f"**{claim['paper']}, {claim['item']}: {claim['sentence']}**"
     colour = _with_reduced(claim["colour"], reduced.values())
-    lines = [([claim["verdict"], sentence, "", verdicts or "-"], colour)]
+    lines = [([claim["verdict"], sentence, "", words or "-"], colour)]
     for place, one in enumerate(claim["comparisons"]):
         others = {setting: found["comparisons"][place] for setting, found in reduced.items()}
         words = "; ".join(
@@ -301,7 +308,7 @@ def _claim_lines(claim: Mapping[str, Any]) -> list[tuple[list[str], str]]:
             for setting, other in others.items()
             if other["error"] is not None
         )
-        verdict = "" if one["verdict"] == evidence.NOT_RUN else one["verdict"]
+        verdict = "" if one["verdict"] == verdicts.NOT_RUN else one["verdict"]
         colour = _with_reduced(
             one["colour"], [o for o in others.values() if o["error"] is not None]
         )

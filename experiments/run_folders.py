@@ -230,16 +230,15 @@ def gradient_sum(run: Run, block: int) -> list[tuple[float, float]]:
 def rate_sum(run: Run, block: int) -> list[tuple[float, float]]:
     """(Epochs of a block's own updates, sum of the learning rates), by the run's configuration.
 
-    The same for all blocks. Empty where there is no gradient_sum to compare with.
+    The same for all blocks. At the steps of block 0's gradient_sum, to compare with.
     """
     del block
-    if not run.config.train.log_gradient_norm:
-        return []
     steps_per_epoch = round(run.updates / run.summary["epochs"])
     schedule = make_schedule(run.config.optimizer, run.updates, steps_per_epoch)
     rates = np.asarray(jax.vmap(schedule)(jnp.arange(run.updates)), np.float64)
     sums = np.cumsum(rates)
-    return [((step + 1) / steps_per_epoch, float(total)) for step, total in enumerate(sums)]
+    epochs = [epoch for epoch, _ in gradient_sum(run, 0)]
+    return [(epoch, float(sums[round(epoch * steps_per_epoch) - 1])) for epoch in epochs]
 
 
 def train_loss(run: Run, block: int) -> list[tuple[float, float]]:

@@ -131,7 +131,8 @@ def run_all(root: pathlib.Path, candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _table(candidates: Sequence[Candidate]) -> str:
-    most = max((candidate.worth for candidate in candidates), default=1.0)
+    # What only counts FLOPs is worth 0.
+    most = max((candidate.worth for candidate in candidates), default=0.0) or 1.0
     header = ["", "configuration", "seed", "helps", "PFLOP", "worth"]
     rows = [
         [

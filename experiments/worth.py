@@ -77,7 +77,7 @@ def of_the_papers(
             raise UserError(f"--items: {name!r} is unknown; choose from {', '.join(known)}")
     short = "" if setting == run_folders.FULL else setting
     claims = verdicts.measure(runs, {})["claims"]
-    open_verdicts = (evidence.NOT_RUN, evidence.UNDECIDED)
+    open_verdicts = (verdicts.NOT_RUN, verdicts.UNDECIDED)
     helps = {}
     for item in evidence.ITEMS:
         if items and item.name not in items:
@@ -115,7 +115,7 @@ def _compared(claim: dict[str, Any], short: str) -> list[dict[str, Any]]:
         return claim["comparisons"]
     if short in claim["reduced"]:
         return claim["reduced"][short]["comparisons"]
-    return [comparison | {"verdict": evidence.NOT_RUN} for comparison in claim["comparisons"]]
+    return [comparison | {"verdict": verdicts.NOT_RUN} for comparison in claim["comparisons"]]
 
 
 def rank(

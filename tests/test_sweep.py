@@ -125,6 +125,18 @@ def _sweep(tmp_path, *arguments):
     )  # fmt: skip
 
 
+def test_a_list_of_runs_that_only_count_flops():
+    """They are worth nothing next to others."""
+    code = """
+import sweep, worth
+print(sweep._table([worth.Candidate("table3.py:vgg13_K=4", 0, 0.0, 1e18, {})]))"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
+                           cwd=_ROOT / "experiments",
+                           env=os.environ | {"PYTHONPATH": str(_ROOT)})  # fmt: skip
+    cells = [cell.strip() for cell in found.stdout.splitlines()[-1].strip("|").split("|")]
+    assert cells == ["1", "table3.py:vgg13_K=4", "0", "0.00", "1e+03", "0"]
+
+
 @pytest.mark.slow
 def test_runs_from_the_command_line(tmp_path, arrays_path):
     quickstart = str(_ROOT / "experiments" / "configs" / "quickstart.py")

@@ -8,8 +8,8 @@ Words: dgl, backprop, cdni, dni (the method); full, short.
 Expected (the official logs, one seed, mean of the last ten of 1,500 epochs; test accuracy, %,
 and training loss of the last block; the accuracy after 50 and 200 epochs):
 
-    backprop 84.6 (loss 0.022), 74.0, 80.6      cdni 81.1 (0.26), 69.2, 76.3
-    dgl      85.1 (loss 0.052), 74.4, 79.7      dni  62.0 (1.08), 41.7, 52.8
+    backprop 84.6 (loss 0.021), 74.0, 80.6      cdni 81.1 (0.265), 69.2, 76.3
+    dgl      85.1 (loss 0.053), 74.4, 79.7      dni  62.0 (1.063), 41.7, 52.8
 
 Synthetic gradients are made after all three convolutions (K = 4, the last block is the linear
 layer); DGL has K = 3, the third convolution with the linear layer. The head of DGL has the

@@ -16,7 +16,7 @@ Expected (SEDONA's slides, K = 4; test error, %):
 
 Widths of 16-32-64-128, a quarter of the usual. The cuts of the baselines are uniform; SEDONA's
 cuts and heads come from the decision variables that its authors released, in
-experiments/published. From K = 8 on those of resnet101 differ by less than 1e-6 where it counts,
+experiments/published. From K = 8 on those of resnet101 differ by less than 1e-5 where it counts,
 so that chance chose among them; a run says so. One's own search takes their place:
 
     --config.partition.from_search=FILE
