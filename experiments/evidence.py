@@ -159,12 +159,12 @@ _DGL = (
           *(Row(f"{method}, sum of block {block}, after a half", f"figure34.py:{method.lower()}",
                 unit=PART, quantity="gradient_sum", block=block, share=0.5, short=_SHORTER)
             for method in ("DGL", "sequential") for block in range(4)),
-          *(Row(f"{method}, rates alone, after a half", f"figure34.py:{method.lower()}",
-                unit=PART, quantity="rate_sum", share=0.5, short=_SHORTER)
-            for method in ("DGL", "sequential")))),
+          Row("DGL, rates alone, after a half", "figure34.py:dgl", unit=PART, quantity="rate_sum",
+              share=0.5, short=_SHORTER))),
     Item("DGL", "Figure 2", "synthetic gradients against DGL and backprop, CIFAR-10", 1,
          "Published: the official logs, one seed. At the end both are means over the last ten of "
-         "1,500 epochs. Loss: the last block's on its training batches.",
+         "1,500 epochs. Loss: the last block's on its training batches. Of single runs the 0.5 % "
+         "between DGL and backprop would not be decided.",
          (*(Row(f"{method}, after {epoch} epochs" if epoch else method,
                 f"figure2.py:{method.lower()}", values[place], epoch=epoch,
                 tail=None if epoch else 10 / 1500, short=() if epoch else ("short",))
@@ -178,7 +178,7 @@ _DGL = (
          "block's layers', as XLA counts them (without padded positions). The paper's 0.7 % would "
          "be one layer of three of the MLP. The last block's head is the network's own. Where a "
          "network is narrower, heads weigh more.",
-         (*(Row(f"{head}-aux", f"table1.py:{word}", top1)
+         (*(Row(f"{head}-aux", f"table1.py:{word}", top1, short=_LONGER)
             for head, (word, top1, _, _) in _TABLE1.items()),
           *(Row(f"{head}-aux, FLOPs", f"table1.py:{word}", flops, rounding, unit=FLOPS,
                 quantity="aux_flops_ratio", block=2)
@@ -286,13 +286,13 @@ _SEDONA = (
                for network in _CIFAR10
                for quantity, suffix in (("test_top1", ""), ("ensemble_last_top1", ", two heads")))),
     Item("SEDONA", "Tiny-ImageNet", "cuts and heads found on CIFAR-10, K = 4", 1,
-         "Published: SEDONA's Table 2 as TRGL, module-wise training with a transport "
+         "Single runs decide no difference below 1.4 %. Published: SEDONA's Table 2 as TRGL, module-wise training with a transport "
          "penalty (NeurIPS 2023), quotes it. PredSim's recipe is not built.",
          tuple(_sedona("tiny_imagenet", f"{network}, {method}", value)
                for network, values in _TINY.items()
                for method, value in zip(("backprop", "DGL", "SEDONA"), values, strict=True))),
     Item("SEDONA", "ImageNet", "cuts and heads found on CIFAR-10", 1,
-         "Published: the slides; that of two heads is from Papers with Code. They chose "
+         "Single runs decide no difference below 1.4 %, and most here are. Published: the slides; that of two heads is from Papers with Code. They chose "
          "the best state on the images that they tested on, here it is the last.",
          (*(_sedona("imagenet", f"{network}, {method}", values[place + (k == 5)], unit=ERROR,
                     quantity=f"test_top{k}", suffix=f", top-{k}")
@@ -333,9 +333,9 @@ CLAIMS = (
           "Figure 2",
           tuple(Comparison(f"{other}, training loss", "DGL, training loss")
                 for other in ("DNI", "cDNI"))),
-    Claim("DGL's final training loss is close to backprop's: at most 0.1 above it.",
+    Claim("DGL's final training loss is close to backprop's: at most 0.05 above it.",
           "Figure 2",
-          (Comparison("backprop, training loss", "DGL, training loss", by=-0.1),)),
+          (Comparison("backprop, training loss", "DGL, training loss", by=-0.05),)),
     Claim("Here DGL generalizes better than backprop.",
           "Figure 2", (Comparison("DGL", "backprop"),)),
     Claim("MLP-SR-aux lies between MLP-aux and CNN-aux.",

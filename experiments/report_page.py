@@ -183,9 +183,9 @@ _TWO_RUNS, _TWO_REDUCED_RUNS = (
 )
 _RULES = (
     "A claim's comparison holds, or does not, where the difference clears its bound by more than "
-    "half of its 95 % confidence interval (Student's; of two figures of the same seeds, seed by "
-    "seed, as a seed decides initial weights and the order of images, else by Welch); between, it is "
-    "not decided. The test images are taken as given. A figure agrees "
+    "half of its 95 % confidence interval (Student's; seed by seed where both figures have seeds "
+    "in common, as a seed decides initial weights and the order of images, else by Welch); between, it "
+    "is not decided. The test images are taken as given. A figure agrees "
     "with the published one (green) within that of their difference, of what is counted within the "
     f"rounding, is near (amber) up to {verdicts.NEAR:g} % beyond (in other units "
     f"{100 * verdicts.NEAR_PART:g} % of the published one), and differs (red) further on. Where "
@@ -200,8 +200,8 @@ _RULES = (
     )
     + f", of {evidence.LOSS} {100 * verdicts.SPREAD_OF_LOSS:g} % of it): of two single runs a "
     f"difference of less than {_TWO_RUNS:.1f} % is not decided, of reduced settings than "
-    f"{_TWO_REDUCED_RUNS:.1f} %. Some verdicts are chance: where nothing differs from the bound, one in "
-    "twenty. Measured: the mean over seeds ± their standard deviation (of a sample); a seed's value "
+    f"{_TWO_REDUCED_RUNS:.1f} %. Some verdicts are chance: of comparisons at the very bound one in twenty, and "
+    "more where seeds were added after a look at the first. Measured: the mean over seeds ± their standard deviation (of a sample); a seed's value "
     "is the mean over its runs. A run "
     f"counts for a row if its configuration is the row's but for {', '.join(NOT_LEARNED)}. "
     "Reduced settings, fewer epochs or a word such as short, are other experiments, most on other "

@@ -230,7 +230,7 @@ def gradient_sum(run: Run, block: int) -> list[tuple[float, float]]:
 def rate_sum(run: Run, block: int) -> list[tuple[float, float]]:
     """(Epochs of a block's own updates, sum of the learning rates), by the run's configuration.
 
-    The same for all blocks. At the steps of block 0's gradient_sum, to compare with.
+    Of DGL, whose blocks share it. At the steps of the gradient_sum that one compares it with.
     """
     del block
     steps_per_epoch = round(run.updates / run.summary["epochs"])

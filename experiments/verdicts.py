@@ -88,15 +88,18 @@ def compare(
     Returns:
       The verdict, a - b, and half of the interval. It holds if a - b is above `by` by more than
       this, and does not hold if it is below by more. Between it is not decided; nor is it if a row
-      has no run yet for some of its words. Two figures of the same seeds are compared seed by seed:
-      a seed decides the layers' initial weights and the order of the images, whatever the method.
+      has no run yet for some of its words. Where both have two seeds or more in common, these are
+      compared, seed by seed: a seed decides the layers' initial weights and the order of the images,
+      whatever the method.
     """
     a, b = (measured.get(x) if isinstance(x, str) else Measured(x, 0.0, 1) for x in comparison[:2])
     if a is None or b is None:
         return NOT_RUN, None, None
     difference, compared = a.mean - b.mean, [a, b]
-    if a.by_seed.keys() == b.by_seed.keys() and len(a.by_seed) > 1:
-        pairs = [a.by_seed[seed] - b.by_seed[seed] for seed in a.by_seed]
+    common = a.by_seed.keys() & b.by_seed.keys()
+    if len(common) > 1:
+        pairs = [a.by_seed[seed] - b.by_seed[seed] for seed in common]
+        difference = statistics.fmean(pairs)
         compared = [Measured(difference, statistics.stdev(pairs), len(pairs))]
     error = half_interval(compared)
     if abs(difference - comparison.by) <= error or not (a.is_whole and b.is_whole):

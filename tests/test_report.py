@@ -381,9 +381,9 @@ def test_inputs_that_come_to_rest_and_sums_of_gradients(tmp_path):
         folder = tmp_path / "runs" / method
         key = "train/block_1/sum_learning_rate_gradient_norm_squared"
         metrics = [
-            {"step": first + own, key: 4 - 4 * 2 ** (-own / 250)} for own in range(50, 1001, 50)
+            {"step": first + own, key: 4 - 4 * 2 ** (-own / 250)} for own in range(33, 1001, 33)
         ]
-        metrics += [{"step": own, key.replace("1", "0"): 1.0} for own in range(50, 1001, 50)]
+        metrics += [{"step": own, key.replace("1", "0"): 1.0} for own in range(33, 1001, 33)]
         _write_run(folder, f"figure34.py:{method}", metrics=metrics, test_top1=[0.5] * 4,
                    steps=4000 if first else 1000)  # fmt: skip
         drift = [
@@ -398,10 +398,10 @@ def test_inputs_that_come_to_rest_and_sums_of_gradients(tmp_path):
     assert rows["sequential, inputs of block 1, after a tenth"]["measured"]["mean"] == 0
     for method in ("DGL", "sequential"):
         found = rows[f"{method}, sum of block 1, after a half"]["measured"]
-        assert found["mean"] == pytest.approx(100 * (1 - 2**-2) / (1 - 2**-4))
-        # 15 of 50 epochs at 0.1, 15 at a fifth of it, then 15 and 5.
-        found = rows[f"{method}, rates alone, after a half"]["measured"]
-        assert found["mean"] == pytest.approx(100 * 17 / (15 + 15 / 5 + 15 / 25 + 5 / 125))
+        assert found["mean"] == pytest.approx(100 * (1 - 2**-1.98) / (1 - 2**-3.96))
+    # Up to steps 495 and 990: 300 at 0.1, 300 at a fifth of it, then 300 and the others.
+    found = rows["DGL, rates alone, after a half"]["measured"]
+    assert found["mean"] == pytest.approx(100 * 339 / (300 + 60 + 12 + 90 / 125))
     assert rows["DGL, sum of block 2, after a half"]["measured"] is None  # Not logged.
     assert (tmp_path / "out" / "proposition_3_1.svg").exists()
     (tmp_path / "runs" / "dgl" / "drift.json").unlink()
@@ -508,7 +508,7 @@ _BAD = {
            {"DGL, sum of block 3, after a half": 80.1}),
     _DNI: ({"cDNI": 86.0}, {"cDNI": 85.05}),
     _LOSS: ({"DNI, training loss": 0.03}, {"DNI, training loss": 0.053}),
-    _CLOSE: ({"DGL, training loss": 0.2}, {"DGL, training loss": 0.121}),
+    _CLOSE: ({"DGL, training loss": 0.1}, {"DGL, training loss": 0.071}),
     _BETTER: ({"backprop": 86.0}, {"backprop": 85.05}),
     _EARLY: ({"sequential, block 3, mean over the first three tenths": 65.0},
              {"DGL, block 3": 88.2}),
@@ -571,7 +571,7 @@ def test_every_claim_can_hold_fail_stay_open_and_not_be_run(claim):
 def test_the_rule_is_the_95_percent_interval():
     """Against scipy's own test of Welch, and its test of pairs."""
 
-    def verdict(a, b, by=0.0, seeds=((0, 1, 2), (0, 1, 2)), **fields):
+    def verdict(a, b, by=0.0, seeds=((0, 1, 2), (3, 4, 5)), **fields):
         measured = {
             label: verdicts.Measured(np.mean(x), np.std(x, ddof=1), len(x),
                                      by_seed=dict(zip(own, x, strict=True)), **fields)
@@ -582,17 +582,22 @@ def test_the_rule_is_the_95_percent_interval():
     a, b = [90.0, 90.5, 91.3], [88.0, 88.7, 88.9]
     pairs = stats.ttest_rel(a, b).confidence_interval()
     welch = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
-    same, other = ((0, 1, 2), (0, 1, 2)), ((0, 1, 2), (3, 4, 5))
-    for seeds, interval in ((same, pairs), (other, welch)):
+    by_order = dict(zip((2, 0, 1), b, strict=True))
+    by_seed = stats.ttest_rel(a, [by_order[seed] for seed in range(3)]).confidence_interval()
+    cases = {(0, 1, 2): pairs, (2, 0, 1): by_seed, (3, 4, 5): welch, (2, 3, 4): welch}
+    for other, interval in cases.items():
         half = (interval.high - interval.low) / 2
         difference = np.mean(a) - np.mean(b)
         for by, expected in (
             (difference - half - 0.01, "holds"), (difference - half + 0.01, "not decided"),
             (difference + half - 0.01, "not decided"), (difference + half + 0.01, "does not hold"),
         ):  # fmt: skip
-            found = verdict(a, b, by, seeds)
+            found = verdict(a, b, by, ((0, 1, 2), other))
             assert found == (expected, pytest.approx(difference), pytest.approx(half))
     assert pairs.high - pairs.low != pytest.approx(welch.high - welch.low, rel=0.05)
+    two = stats.ttest_rel(a[:2], b[:2]).confidence_interval()  # Those in common.
+    expected = (pytest.approx(1.9), pytest.approx((two.high - two.low) / 2))
+    assert verdict(a, b, seeds=((0, 1, 2), (0, 1, 7)))[1:] == expected
     # One seed's deviation counts as known.
     one = verdicts.Measured(90.0, 0.5, 1)
     assert verdicts.half_interval([one, one]) == pytest.approx(_NORMAL * np.sqrt(0.5))
@@ -623,7 +628,7 @@ def test_of_a_single_run_the_spread_is_assumed(tmp_path, dgl, verdicts):
 def test_a_delayed_block_counts_with_the_other_five(tmp_path):
     for seed in range(2):
         _write_run(tmp_path / "runs" / f"dgl_{seed}", "figure5.py:dgl", seed=seed,
-                   test_top1=[0.910 + 0.0005 * seed])  # fmt: skip
+                   test_top1=[0.910 + 0.0006 * seed])  # fmt: skip
         for s in ("1.0", "1.1", "1.2", "2.0"):
             for block in range(1 if s == "1.0" else 6):
                 folder = tmp_path / "runs" / f"S{s}_{block}_{seed}"
@@ -642,6 +647,8 @@ def test_a_delayed_block_counts_with_the_other_five(tmp_path):
     claim = _claim(content, _DELAY)
     # S = 1.0 is 0.5 % behind: not decided.
     assert [one["verdict"] for one in claim["comparisons"]] == ["not decided"] + ["holds"] * 3
+    error = stats.t.isf(0.025, 1) * 0.01 / 2  # DGL gains 0.01 % more with the second seed.
+    assert claim["comparisons"][1]["error"] == pytest.approx(error, abs=1e-5)
     assert (tmp_path / "out" / "figure_5.svg").exists()
     for seed in range(2):
         shutil.rmtree(tmp_path / "runs" / f"S2.0_4_{seed}")
@@ -785,13 +792,18 @@ def _check_comparison(one, is_whole, *points):
         assert (one["difference"], one["error"], one["verdict"]) == (None, None, "not run")
         return 0
     a, b = (x if isinstance(x, float) else x["mean"] for x in points)
-    assert one["difference"] == pytest.approx(a - b)
     samples = [([], [x, x, x]) if isinstance(x, float) else _by_seed(x) for x in points]
     (seeds, values), (other_seeds, other_values) = samples
+    common = set(seeds) & set(other_seeds)
+    if len(common) > 1:
+        values = [value for seed, value in zip(seeds, values) if seed in common]
+        other_values = [value for seed, value in zip(other_seeds, other_values) if seed in common]
+        a, b = np.mean(values), np.mean(other_values)
+    assert one["difference"] == pytest.approx(a - b)
     half, single = one["error"], min(len(values), len(other_values)) == 1
     if not single and np.ptp(values) + np.ptp(other_values) == 0:
         half = 0.0
-    elif not single and seeds == other_seeds:
+    elif len(common) > 1:
         half = _half(stats.ttest_rel(values, other_values))
     elif not single and 0 in (np.ptp(values), np.ptp(other_values)):  # A number.
         known, of = (a, other_values) if np.ptp(values) == 0 else (b, values)

@@ -66,8 +66,7 @@ def get_config(variant: str = ""):
         config.data.name = "embedded"
         config.data.crop_padding = 0
         config.data.std = ()
-        config.train.num_epochs = {"longer": 9.0, "short": 3.0}[budget]
+        epochs_and_drops = {"longer": (9.0, (2.7, 5.4, 8.1)), "short": (3.0, (0.9, 1.8, 2.7))}
+        config.train.num_epochs, config.optimizer.drop_epochs = epochs_and_drops[budget]
         config.eval.every_epochs = 1.0
-        drops = {"longer": (2.7, 5.4, 8.1), "short": (0.9, 1.8, 2.7)}
-        config.optimizer.drop_epochs = drops[budget]
     return config
