@@ -200,9 +200,9 @@ _RULES = (
     )
     + f", of {evidence.LOSS} {100 * verdicts.SPREAD_OF_LOSS:g} % of it): of two single runs a "
     f"difference of less than {_TWO_RUNS:.1f} % is not decided, of reduced settings than "
-    f"{_TWO_REDUCED_RUNS:.1f} %. Some verdicts are chance: of comparisons at the very bound one in twenty, and "
-    "more where seeds were added after a look at the first. Measured: the mean over seeds ± their standard deviation (of a sample); a seed's value "
-    "is the mean over its runs. A run "
+    f"{_TWO_REDUCED_RUNS:.1f} %. Some verdicts are chance: of comparisons at the very bound one in "
+    "twenty, and more where seeds were added after a look at the first. Measured: the mean over "
+    "seeds ± their standard deviation (of a sample); a seed's value is the mean over its runs. A run "
     f"counts for a row if its configuration is the row's but for {', '.join(NOT_LEARNED)}. "
     "Reduced settings, fewer epochs or a word such as short, are other experiments, most on other "
     "images and with smaller networks, as is said above each table: what they say of a claim stands "
