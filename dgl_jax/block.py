@@ -42,6 +42,7 @@ class Block:
         keeping what is inside it: less memory, more time. Runs of equal layers are loops then too:
         outside of loops XLA's CPU compiler undoes it.
       kernel_init: as of `init_module`.
+      norm_init: as of `init_module`.
     """
 
     index: int
@@ -53,6 +54,7 @@ class Block:
     scan_layers: bool = False
     remat: bool = False
     kernel_init: str = "own"
+    norm_init: str = "own"
 
 
 def init_block_state(
@@ -76,10 +78,11 @@ def init_block_state(
       >>> state.params["layers"][0]["kernel"].shape, state.params["head"]["kernel"].shape
       ((4, 3), (3, 2))
     """
+    start = {"kernel_init": block.kernel_init, "norm_init": block.norm_init}
     layer_params, layer_stats = [], []
     for first, end in _runs(block, x, has_loops=block.scan_layers):
         init = lambda place, x=x, layer=block.layers[first]: init_module(
-            layer, jax.random.fold_in(key, block.first_layer + place), x, block.kernel_init
+            layer, jax.random.fold_in(key, block.first_layer + place), x, **start
         )
         if end > first + 1:  # Its outputs are of its inputs' shape.
             params, stats = jax.lax.map(init, jnp.arange(first, end))
@@ -93,7 +96,7 @@ def init_block_state(
     head_params, head_stats = (
         ({}, {})
         if block.head is None
-        else init_module(block.head, head_key(key, last_layer), x, block.kernel_init)
+        else init_module(block.head, head_key(key, last_layer), x, **start)
     )
     params = {"layers": tuple(layer_params), "head": head_params}
     return BlockState(

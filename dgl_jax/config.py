@@ -74,6 +74,9 @@ class NetworkConfig:
     # How kernels of layers and heads start: "own", each as its module says, or "he_normal", all
     # from He's normal distribution by fan-in, as in SEDONA's code, also those that start at zero.
     kernel_init: str = "own"
+    # How the weights of BatchNorm start: "own", as ones, or "uniform", from U(0, 1), as in DGL's
+    # small networks: PyTorch's default until version 1.2.
+    norm_init: str = "own"
     # Whether runs of equal layers are loops: a deep network compiles faster.
     scan_layers: bool = False
 
@@ -374,6 +377,7 @@ _CHOICES = {
     "network.form": ("cifar", "tiny_imagenet", "imagenet"),
     "network.dtype": ("float32", "bfloat16"),
     "network.kernel_init": ("own", "he_normal"),
+    "network.norm_init": ("own", "uniform"),
     "loss.name": _LOSSES,
     "optimizer.name": ("sgd", "adam"),
     "optimizer.weight_decay_on": ("all", "kernels"),

@@ -219,6 +219,7 @@ def configured_blocks(
     options = {
         "scan_layers": config.network.scan_layers,
         "kernel_init": config.network.kernel_init,
+        "norm_init": config.network.norm_init,
     }
     return tuple(
         dataclasses.replace(block, remat=block.index in remat, **options) for block in blocks

@@ -120,7 +120,14 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     variables = init_variables(num_layers, len(candidates))
     weights, outer_state = jax.device_put(
         (
-            init_state(relaxed, optimizer, key, images, config.network.kernel_init),
+            init_state(
+                relaxed,
+                optimizer,
+                key,
+                images,
+                kernel_init=config.network.kernel_init,
+                norm_init=config.network.norm_init,
+            ),
             OuterState(variables, outer_optimizer.init(variables)),
         ),
         device_memory,

@@ -41,6 +41,7 @@ from dgl_jax.methods import METHODS
 from dgl_jax.models import check_image_shape
 from dgl_jax.optim import make_optimizer, make_schedule
 from dgl_jax.pipeline import activation_shapes, init_states
+from dgl_jax.provenance import provenance
 from dgl_jax.run_folder import check_writable, previous_run, write_summary
 from dgl_jax.schedule import APPLY, BACKWARD, UPDATE, calls
 from dgl_jax.transfer import fetch, is_local
@@ -204,7 +205,12 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     if is_main:
         config_json = json.dumps(to_dict(config) | {"resolved": resolved}, indent=2)
         metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
-        unfinished = {"finished": False, "method": config.method.name, "cuts": list(cuts)}
+        unfinished = {
+            "finished": False,
+            "method": config.method.name,
+            "cuts": list(cuts),
+            "made_by": provenance(),
+        }
         write_summary(workdir, unfinished)
     step = 0
     seconds = {"wall_seconds": 0.0, "compile_seconds": 0.0, "train_seconds": 0.0}
@@ -408,6 +414,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         "busy_fractions": busy,
         **_speed_ups(step_seconds, placements, timed_updates, train_seconds),
         "params_sha256": _sha256(trained),
+        "made_by": provenance(),
         "jax_version": jax.__version__,
         "device_kind": placements[0].devices[0].device_kind,
         "num_devices": len({device for where in placements for device in where.devices}),

@@ -207,6 +207,36 @@ def test_initial_weights_do_not_depend_on_the_cuts(small_network, small_head):
         jax.tree.map(np.testing.assert_array_equal, layers[0], other)
 
 
+def test_uniform_norm_weights_of_layers_and_heads():
+    """DGL's start: U(0, 1), each layer's its own; nothing else is drawn anew."""
+    config = default_config()
+    config.network.name, config.partition.strategy = "cnn4", "per_layer"
+    states = {}
+    for init in ("own", "uniform"):
+        config.network.norm_init = init
+        settings = from_dict(config.to_dict())
+        network = configured_network(settings, 10)
+        blocks = configured_blocks(settings, network, (0, 1, 2), ("mlp_sr",) * 3, 10)
+        states[init] = [
+            init_block_state(blocks[index], optax.sgd(0.1), jax.random.key(0), jnp.zeros(shape))
+            for index, shape in ((0, (2, 8, 8, 3)), (3, (2, 4, 4, 128)))
+        ]
+    leaves, _ = jax.tree.flatten_with_path([state.params for state in states["uniform"]])
+    own = jax.tree.leaves([state.params for state in states["own"]])
+    weights = []
+    for (path, leaf), own_leaf in zip(leaves, own, strict=True):
+        if path[-1].key == "scale":
+            weights.append(np.asarray(leaf))
+        else:
+            np.testing.assert_array_equal(leaf, own_leaf)
+    # Block 0: a layer, three 1x1 convolutions and three hidden layers; block 3: a layer and two.
+    assert len(weights) == 7 + 3
+    everything = np.concatenate(weights)
+    assert 0 <= everything.min() and everything.max() < 1
+    np.testing.assert_allclose([everything.mean(), everything.var()], [1 / 2, 1 / 12], rtol=0.05)
+    assert len(np.unique(everything)) > 0.99 * everything.size
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_he_normal_kernels_of_layers_and_heads(scan_layers):
     """SEDONA's start: a variance of 2 / fan-in; nothing else than kernels is drawn anew."""

@@ -46,7 +46,11 @@ def train_argument(module: nn.Module, train: bool) -> dict[str, bool]:
 
 
 def init_module(
-    module: nn.Module, key: jax.Array, x: jax.Array, kernel_init: str = "own"
+    module: nn.Module,
+    key: jax.Array,
+    x: jax.Array,
+    kernel_init: str = "own",
+    norm_init: str = "own",
 ) -> tuple[Params, Params]:
     """Initialises one module.
 
@@ -55,6 +59,8 @@ def init_module(
       key: a typed random key.
       x: an example input, [B, ...].
       kernel_init: ``he_normal`` draws all kernels anew by `he_normal_kernels`; ``own`` leaves them.
+      norm_init: ``uniform`` draws the weights of all normalisation layers anew by
+        `uniform_norm_weights`; ``own`` leaves them.
 
     Returns:
       ``(params, batch_stats)``; an empty dict where the module has none.
@@ -70,7 +76,11 @@ def init_module(
             f"module={type(module).__name__} has variables {sorted(variables)}: only 'params' "
             "and 'batch_stats' are supported; keep other state outside the module"
         )
-    return he_normal_kernels(params, key) if kernel_init == "he_normal" else params, batch_stats
+    if kernel_init == "he_normal":
+        params = he_normal_kernels(params, key)
+    if norm_init == "uniform":
+        params = uniform_norm_weights(params, key)
+    return params, batch_stats
 
 
 def he_normal_kernels(params: Params, key: jax.Array) -> Params:
@@ -79,12 +89,25 @@ def he_normal_kernels(params: Params, key: jax.Array) -> Params:
     Source: SEDONA's released code, of all networks and heads.
     """
     draw = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+    return _redraw(params, key, "kernel", draw)
+
+
+def uniform_norm_weights(params: Params, key: jax.Array) -> Params:
+    """Draws the weights of all normalisation layers from U(0, 1).
+
+    Source: DGL's small networks: the PyTorch of their time started BatchNorm so.
+    """
+    return _redraw(params, key, "scale", jax.random.uniform)
+
+
+def _redraw(params: Params, key: jax.Array, name: str, draw: nn.initializers.Initializer) -> Params:
+    """Draws every parameter of this name anew."""
     leaves, structure = jax.tree.flatten_with_path(params)
     drawn = [
-        draw(jax.random.fold_in(key, place), leaf.shape, leaf.dtype)
-        if getattr(path[-1], "key", None) == "kernel"
+        draw(jax.random.fold_in(key, index), leaf.shape, leaf.dtype)
+        if getattr(path[-1], "key", None) == name
         else leaf
-        for place, (path, leaf) in enumerate(leaves)
+        for index, (path, leaf) in enumerate(leaves)
     ]
     return jax.tree.unflatten(structure, drawn)
 

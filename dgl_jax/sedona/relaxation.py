@@ -99,6 +99,7 @@ def init_state(
     key: jax.Array,
     x: jax.Array,
     kernel_init: str = "own",
+    norm_init: str = "own",
 ) -> BlockState:
     """Initialises all layers and candidates, as `block.init_block_state` does one block.
 
@@ -108,13 +109,15 @@ def init_state(
       key: the run's random key.
       x: an example input, [B, ...]; only its shape and dtype matter.
       kernel_init: as of `init_module`.
+      norm_init: as of `init_module`.
 
     Returns:
       The state before the first inner step. Its parameters (and statistics) are
       ``{"layers": L trees, "candidates": L - 1 tuples of M trees, "head": tree}``.
     """
     # A program for each kind of module and shape, not one for all: a deep network has few kinds.
-    init = jax.jit(functools.partial(init_module, kernel_init=kernel_init), static_argnums=0)
+    init = functools.partial(init_module, kernel_init=kernel_init, norm_init=norm_init)
+    init = jax.jit(init, static_argnums=0)
     layers, candidates = [], []
     for place, layer in enumerate(network.layers):
         params, stats = init(layer, jax.random.fold_in(key, place), x)

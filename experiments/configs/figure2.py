@@ -18,6 +18,9 @@ synthesizer's body.
 Known differences: one optimizer a block instead of one for all, which for Adam is the same;
 an epoch leaves out its last, partial batch. Biases start at zero.
 
+BatchNorm's weights start from U(0, 1) (network.norm_init), as the official code's did with the
+PyTorch of its time; with ones the upper blocks learn more slowly in the first epochs.
+
 short: the embedded images, a quarter of the width, three epochs at a learning rate of 1e-3
 (3e-5 needs hundreds): about two minutes on two CPU cores.
 """
@@ -34,6 +37,7 @@ def get_config(variant: str = ""):
     config = default_config()
     config.method.name = method
     config.network.name = "dni_cnn"
+    config.network.norm_init = "uniform"
     config.auxiliary.name = "synthesizer"
     if method == "dgl":
         config.partition.strategy = "explicit"

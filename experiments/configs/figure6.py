@@ -17,7 +17,7 @@ Expected (the paper, read as text, no numbers are given): even a tiny buffer los
 M = 50 in float32 takes 10.2 GiB for the five buffers.
 
 Known differences: those of figure5.py, whose setting this is; the values of M are not listed in
-the paper's text.
+the paper's text. BatchNorm's weights start from U(0, 1) here too.
 
 The disk needs 31 GiB free at M = 50: room for three checkpoints with their buffers.
 
@@ -45,6 +45,7 @@ def get_config(variant: str = ""):
     config.replay.slowdown = 1.2
     config.replay.slow_block = int(block.removeprefix("block="))
     config.network.name = "cnn6_async"
+    config.network.norm_init = "uniform"
     config.partition.strategy = "per_layer"
     config.auxiliary.name = "mlp"
     config.data.name = "cifar10"
