@@ -233,8 +233,9 @@ class EvalConfig:
     ensemble_last: int = 2
     # How far each block's outputs on a fixed probe batch are from their final distribution.
     log_drift: bool = False
-    # Whether each block's work of one step is timed at the end, block by block.
-    time_blocks: bool = True
+    # Whether each block's work of one step is timed at the end, block by block. It compiles a
+    # program a block, which keeps its inputs: more memory than training takes.
+    time_blocks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +251,9 @@ class Config:
     """A training run."""
 
     seed: int = 0
+    # Of float32 matrix products and convolutions: "default" is the platform's fast one (TF32 on an
+    # NVIDIA GPU, bfloat16 on a TPU), "highest" is float32 everywhere, "high" lies between.
+    precision: str = "default"
     # When each block's program ran, for some steps: timeline.png, trace.json, busy fractions. No
     # program of the run donates its inputs then: it takes more memory.
     trace: bool = False
@@ -311,6 +315,8 @@ class SearchConfig:
     """A search."""
 
     seed: int = 0
+    # As in training, but "highest": the outer gradient is a difference of small numbers.
+    precision: str = "highest"
     network: NetworkConfig = NetworkConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     loss: LossConfig = LossConfig()
@@ -360,10 +366,11 @@ LOCAL_METHODS = ("dgl", "sequential", "async_dgl", "async_dgl_parallel")
 _IN_ONE_PROGRAM = ("backprop", "data_parallel", "dgl", "sequential")
 # Those that keep a forward pass's residuals until a gradient comes.
 _KEEP_RESIDUALS = ("ddg", "pipeline_backprop")
-_NOT_TRACED = ("async_dgl", "async_dgl_parallel", "dni", "cdni")
+NOT_TRACED = ("async_dgl", "async_dgl_parallel", "dni", "cdni")
 _LOSSES = ("cross_entropy", "pred", "sim", "predsim")
 
 _CHOICES = {
+    "precision": ("default", "high", "highest"),
     "method.name": _METHODS,
     "method.weights": ("stale", "current"),
     "method.pipeline_schedule": ("gpipe", "1f1b"),
@@ -769,7 +776,7 @@ def _check_together(config: Config) -> None:
     _check_search(config.partition)
     _check_method(config)
     _check_auxiliary(config)
-    if config.trace and config.method.name in _NOT_TRACED:
+    if config.trace and config.method.name in NOT_TRACED:
         raise UserError(
             f"config.trace=True is not for config.method.name={config.method.name}; leave it out, "
             "or set config.profile=True instead"

@@ -118,6 +118,11 @@ def num_processes() -> int:
     return _num_processes
 
 
+def is_for_cpus() -> bool:
+    """Whether JAX_PLATFORMS says so; touches no device."""
+    return (jax.config.jax_platforms or "").split(",")[0] == "cpu"
+
+
 def is_main() -> bool:
     """Whether this is process 0, which writes the run's files."""
     return _num_processes == 1 or jax.process_index() == 0
@@ -184,13 +189,16 @@ def fail(message: str, code: int) -> None:
 
 
 def _allow_transfers(own_address: str) -> None:
-    """What jax needs on CPUs to send arrays from one process to another."""
+    """What jax needs on CPUs to send arrays from one process to another; elsewhere it has its own."""
+    # Nothing here uses the notice; with it, SIGTERM would not end a process.
+    jax.config.update("jax_enable_preemption_service", False)
+    # Which devices there are is not known yet, and must not be asked before jax is connected.
+    if not is_for_cpus():
+        return
     # With port 0 jaxlib aborts: the port must be known beforehand.
     jax.config.update("jax_cross_host_transfer_socket_address", f"{own_address}:{free_port()}")
     # The first transfer waits until the other process has compiled what it sends.
     jax.config.update("jax_cross_host_transfer_timeout_seconds", _A_DAY_S)
-    # Nothing here uses the notice; with it, SIGTERM would not end a process.
-    jax.config.update("jax_enable_preemption_service", False)
 
 
 def _own_address(host: str) -> str:

@@ -5,11 +5,14 @@ import itertools
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dgl_jax import distributed
 from dgl_jax.config import PlacementConfig
 from dgl_jax.errors import UserError
+from dgl_jax.transfer import is_local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +118,23 @@ def request_cpu_devices(config: PlacementConfig) -> None:
             pass
 
 
-def check_every_process_has_a_block(placements: Sequence[BlockPlacement]) -> None:
-    """Raises UserError if the devices of the blocks leave out a process of the run."""
+def check_processes(placements: Sequence[BlockPlacement]) -> None:
+    """Checks that the processes of a run can work together.
+
+    Raises:
+      UserError: if the devices of the blocks leave out a process, or these are CPUs that were not
+        prepared to send arrays from one process to another.
+    """
+    if (
+        distributed.num_processes() > 1
+        and placements[0].devices[0].platform == "cpu"
+        and not distributed.is_for_cpus()
+    ):
+        raise UserError(
+            f"--num_processes={distributed.num_processes()}: the only devices are CPUs, which send "
+            "nothing to another process unless that is known from the start; set JAX_PLATFORMS=cpu "
+            "in the environment of every process"
+        )
     having = {device.process_index for where in placements for device in where.devices}
     idle = sorted(set(range(distributed.num_processes())) - having)
     if idle:
@@ -125,6 +143,31 @@ def check_every_process_has_a_block(placements: Sequence[BlockPlacement]) -> Non
             "has none of the devices that blocks live on; start fewer processes, or raise "
             "config.placement.num_devices"
         )
+
+
+def check_meshes(placements: Sequence[BlockPlacement]) -> None:
+    """Checks that each block's devices can work together, by compiling a sum over them.
+
+    Not every set of devices can: on a TPU that is for its network and its compiler to say.
+
+    Raises:
+      UserError: if those of a block can't.
+    """
+    for where in dict.fromkeys(placements):
+        num_devices = len(where.devices)
+        if num_devices == 1 or not is_local(where.state):
+            continue
+        x = jax.ShapeDtypeStruct((num_devices,), jnp.float32, sharding=where.batch)
+        try:
+            jax.jit(jnp.sum, out_shardings=where.state).lower(x).compile()
+        except jax.errors.JaxRuntimeError as error:
+            blocks = [k for k, other in enumerate(placements) if other == where]
+            raise UserError(
+                f"config.placement: the {num_devices} devices of block {blocks[0]}, "
+                f"{', '.join(map(str, where.devices))}, can't work together "
+                f"({' '.join(str(error).split())[:200]}); choose other numbers of devices, such as "
+                "config.placement.data_parallel=1"
+            ) from error
 
 
 def _deal(
@@ -145,9 +188,9 @@ def _deal(
 
 
 def _place(devices: Sequence[jax.Device]) -> BlockPlacement:
-    # Auto axes: the compiler spreads a block's program over its mesh. jax.make_mesh's default,
-    # Explicit, would make the shardings of outputs compare unequal to those of inputs.
-    mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    # Auto axes: the compiler spreads a block's program over its mesh. Not jax.make_mesh, which
+    # wants the devices of a TPU to be a box: of four in a square not the second and the third.
+    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
     return BlockPlacement(
         batch=NamedSharding(mesh, PartitionSpec("data")), state=NamedSharding(mesh, PartitionSpec())
     )

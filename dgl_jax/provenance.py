@@ -18,8 +18,8 @@ def provenance() -> dict[str, Any]:
     Returns:
       ``commit`` of the checkout that the package lies in (``+changes`` if files differ from it;
       None outside a checkout), ``versions`` of Python and the packages, ``platform`` (cpu, gpu or
-      tpu), ``device_kind``, ``num_devices`` of all processes, and ``num_threads``: the CPU cores
-      that this process may use.
+      tpu), ``device_kind``, ``num_devices`` of all processes, the ``precision`` of matrix products,
+      and ``num_threads``: the CPU cores that this process may use.
     """
     device = jax.devices()[0]
     return {
@@ -29,6 +29,7 @@ def provenance() -> dict[str, Any]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "num_devices": jax.device_count(),
+        "precision": jax.config.jax_default_matmul_precision or "default",
         "num_threads": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),

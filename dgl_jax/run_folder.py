@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from dgl_jax.config import Config, SearchConfig, check_same_run
@@ -81,3 +83,17 @@ def write_summary(workdir: str, summary: dict[str, Any]) -> None:
     """Writes summary.json in one step."""
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     write_atomically(os.path.join(workdir, "summary.json"), text)
+
+
+def extra(name: str, make: Callable[[], Any]) -> Any:
+    """What a finished run can do without: ``make()``.
+
+    Returns:
+      What ``make`` returns; where it fails, {}, and a line on stderr says so.
+    """
+    try:
+        return make()
+    except Exception as error:  # noqa: BLE001 the run is finished, whatever it is
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"warning: {name} failed; the run is finished without it ({reason})", file=sys.stderr)
+        return {}

@@ -308,12 +308,19 @@ def search_table(summary: Mapping[str, Any]) -> str:
                 f"{100 * found['slowest_block']:.0f} %",
             ]
         )
-    seconds = summary["pretraining_seconds"] + summary["outer_seconds"]
+    seconds, cost = (
+        summary["pretraining_seconds"] + summary["outer_seconds"],
+        summary["cost_in_backprop_trainings"],
+    )
+    compared = (
+        ""
+        if cost is None
+        else f": {cost:.2g} times a training by backprop of {summary['backprop_steps']:,} steps"
+    )
     return (
         f"{summary['network']}, {summary['num_layers']} layers\n\n{markdown(header, rows)}\n\n"
-        f"The search took {seconds:.0f} s, {summary['compile_seconds']:.0f} s of them compiling: "
-        f"{summary['cost_in_backprop_trainings']:.2g} times a training by backprop of "
-        f"{summary['backprop_steps']:,} steps."
+        f"The search took {seconds:.0f} s, {summary['compile_seconds']:.0f} s of them compiling"
+        f"{compared}."
     )
 
 

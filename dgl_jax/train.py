@@ -41,11 +41,12 @@ from dgl_jax.methods import METHODS
 from dgl_jax.models import check_image_shape
 from dgl_jax.optim import make_optimizer, make_schedule
 from dgl_jax.pipeline import activation_shapes, init_states
+from dgl_jax.precision import matmul_precision
 from dgl_jax.provenance import provenance
-from dgl_jax.run_folder import check_writable, previous_run, write_summary
+from dgl_jax.run_folder import check_writable, extra, previous_run, write_summary
 from dgl_jax.schedule import APPLY, BACKWARD, UPDATE, calls
-from dgl_jax.transfer import fetch, is_local
-from dgl_jax.types import TrainState
+from dgl_jax.transfer import fetch, is_local, place
+from dgl_jax.types import Batch, TrainState
 
 _IN_SEVERAL_PROCESSES = (
     "dgl",
@@ -78,6 +79,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
       UserError: a mistake in the configuration, or a metric that is not finite.
       WorkerError: a worker of async_dgl_parallel failed; a checkpoint of all blocks is kept.
     """
+    with matmul_precision(config.precision):
+        return _train_and_evaluate(config, workdir)
+
+
+def _train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     start_time, start_compile_seconds = time.perf_counter(), metrics.compile_seconds()
 
     # ---- The run's folder; a run that is finished already is not touched. Of several processes
@@ -94,6 +100,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     is_main = distributed.is_main()
     previous = distributed.agree(previous_run(config, workdir) if is_main else None)
     if previous and previous["summary"].get("finished"):
+        if is_main and not os.path.exists(os.path.join(workdir, "learning_curves.png")):
+            extra("the plots", lambda: plots.plot_run(workdir, previous["summary"]))
         return previous["summary"] if is_main else None
     if is_main:
         check_writable(workdir)
@@ -123,7 +131,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     blocks = configured_blocks(config, network, cuts, head_names, num_classes)
     num_blocks = len(blocks)
     placements = placement.make_placements(config.placement, num_blocks, devices_per_block)
-    placement.check_every_process_has_a_block(placements)
+    placement.check_processes(placements)
+    placement.check_meshes(placements)
 
     # ---- Data, on the devices of the first block.
     load = load_dataset if distributed.num_processes() == 1 else load_dataset_in_parts
@@ -184,6 +193,7 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     del block_states  # Or it would keep what no runner donates.
     evaluate = evaluation.make_evaluate(runner.logits, placements[-1], config.eval.ensemble_last)
     probe = drift.make_probe(blocks, placements)
+    costs = cost.block_costs(blocks, image_shape)
     classifiers = [block.index for block in blocks if block.classifies]
 
     # ---- What the folder holds already is gone on with.
@@ -277,8 +287,9 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         now = record | all_seconds() | {"totals": dict(record["totals"])}
         checkpoint.save(checkpointer, step, state, top1=top1, record=now)
 
-    # ---- The loop. The host only dispatches; the guard proves that nothing crosses between
-    # host and devices unasked.
+    # ---- The loop. The host only dispatches steps; the guard proves that no step makes host and
+    # devices wait for each other. It is around nothing else: what saves, evaluates and logs copies
+    # to the host.
     results, is_evaluated = None, False
     clock, clock_step = None, step
     with contextlib.ExitStack() as stack:
@@ -286,7 +297,6 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
             if resource is not None:
                 stack.callback(resource.close)
         stack.enter_context(checkpointer)
-        stack.enter_context(jax.transfer_guard("disallow"))
         first_traced = step + trace.FIRST_STEP
         last_traced, profiles = first_traced + trace.NUM_STEPS, None  # Whether it does; not yet.
         for tasks_of_steps in calls(schedule, step, steps_per_call, steps_per_epoch):
@@ -302,10 +312,11 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
                 _stop_profile()
             step_start, compiled = time.perf_counter(), metrics.compile_seconds()
             try:
-                if len(tasks_of_steps) > 1:
-                    state, step_metrics = runner.steps(state, tasks_of_steps, dataset.stream)
-                else:
-                    state, step_metrics = runner.step(state, tasks, dataset.batch_at)
+                with jax.transfer_guard("disallow"):
+                    if len(tasks_of_steps) > 1:
+                        state, step_metrics = runner.steps(state, tasks_of_steps, dataset.stream)
+                    else:
+                        state, step_metrics = runner.step(state, tasks, dataset.batch_at)
             except WorkerError:  # What all blocks have done is kept.
                 log.flush()
                 if checkpointer.latest is None or checkpointer.latest.step < step:
@@ -349,28 +360,12 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
             results = evaluate_all(step, is_written=True)
         checkpointer.wait()
         best_step = checkpoint.best_step(checkpointer)
-        runner.close()  # No worker reads the stream any more.
-        batch = dataset.batch_at(0) if config.eval.time_blocks else None
 
-    # ---- What came of it.
-    # What follows is not training.
-    compile_seconds, peak_memory = all_seconds()["compile_seconds"], cost.peak_memory_bytes()
-    costs = cost.block_costs(blocks, image_shape)
-    step_seconds = None
-    if batch is not None:
-        works = [method.make_block_work(config, block, optimizer) for block in blocks]
-        step_seconds = cost.block_step_seconds(blocks, works, state.blocks, batch, placements)
-    busy = None
-    if recorder:
-        trace.stop()
-        title = f"{config.method.name}, {config.network.name}, K = {num_blocks}: measured"
-        busy = timeline.write_trace(workdir, recorder.finish(), num_blocks, title)
+    # ---- What came of it. The summary comes before all that a finished run can do without.
     trained = fetch([(block.params, block.batch_stats) for block in state.blocks])
-    if not is_main:
-        return None
     timed_updates = record["timed_steps"] * num_updates / num_steps
     train_seconds = record["train_seconds"]
-    summary = {
+    summary = is_main and {
         "finished": True,
         "method": config.method.name,
         "dataset": config.data.name,
@@ -397,8 +392,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
             timed_updates * batch_size / train_seconds if train_seconds else None
         ),
         "wall_seconds": all_seconds()["wall_seconds"],
-        "compile_seconds": compile_seconds,
-        "peak_memory_bytes": peak_memory,
+        "compile_seconds": all_seconds()["compile_seconds"],
+        "peak_memory_bytes": cost.peak_memory_bytes(),
         "aux_flops_ratio": cost.aux_flops_ratios(costs),
         "block_flops": [block.layers_flops for block in costs],
         "head_flops": [block.head_flops for block in costs],
@@ -410,9 +405,10 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
             for x in activation_shapes(blocks, state.blocks, images)[:-1]
         ],
         "method_memory_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.memory)),
-        "block_step_seconds": step_seconds,
-        "busy_fractions": busy,
-        **_speed_ups(step_seconds, placements, timed_updates, train_seconds),
+        "block_step_seconds": None,
+        "busy_fractions": None,
+        "ideal_speed_up": None,
+        "reached_speed_up": None,
         "params_sha256": _sha256(trained),
         "made_by": provenance(),
         "jax_version": jax.__version__,
@@ -421,10 +417,39 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         "num_processes": distributed.num_processes(),
         "devices_per_block": [len(where.devices) for where in placements],
     }
+    if is_main:
+        write_summary(workdir, summary)
+
+    # ---- Extras: one that fails costs a line and nothing else.
+    def time_blocks():
+        works = [method.make_block_work(config, block, optimizer) for block in blocks]
+        batch = Batch(
+            place(np.zeros(images.shape, np.float32), placements[0].batch),
+            place(np.zeros(batch_size, np.int32), placements[0].batch),
+        )
+        seconds = cost.block_step_seconds(blocks, works, state.blocks, batch, placements)
+        speed_ups = _speed_ups(seconds, placements, timed_updates, train_seconds)
+        return {"block_step_seconds": seconds, **speed_ups}
+
+    def write_trace():
+        title = f"{config.method.name}, {config.network.name}, K = {num_blocks}: measured"
+        spans = recorder.finish()
+        return {"busy_fractions": timeline.write_trace(workdir, spans, num_blocks, title)}
+
+    trace.stop()
+    extras = {}
+    if config.eval.time_blocks:
+        extras |= extra("timing the blocks (config.eval.time_blocks)", time_blocks)
+    if recorder:
+        extras |= extra("the trace (config.trace)", write_trace)
+    if not is_main:
+        return None
+    if extras:
+        summary |= extras
+        write_summary(workdir, summary)
     if config.eval.log_drift:
-        drift.write_drift(workdir)
-    plots.plot_run(workdir, summary)
-    write_summary(workdir, summary)  # Last: a run is finished when all its files are there.
+        extra("drift.json (config.eval.log_drift)", lambda: drift.write_drift(workdir))
+    extra("the plots", lambda: plots.plot_run(workdir, summary))
     return summary
 
 

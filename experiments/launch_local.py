@@ -4,7 +4,8 @@ python experiments/launch_local.py --num_processes=2 -- experiments/train.py \
     --config=experiments/configs/quickstart.py --workdir=runs/two_processes \
     --config.placement.kind=pipelined --config.placement.num_devices=6
 
-What each prints comes with its number in front. When one fails all are ended, and this ends with
+They run on the CPU unless JAX_PLATFORMS says otherwise. What each prints comes with its number in
+front. When one fails all are ended, and this ends with
 the exit code of the first that failed.
 """
 
@@ -43,6 +44,7 @@ def main(script: list[str]) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env={"JAX_PLATFORMS": "cpu"} | os.environ,
         )
         for process_id in range(_NUM_PROCESSES.value)
     ]

@@ -530,7 +530,7 @@ def test_it_learns_from_the_command_line(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["classifiers"] == [3] and len(summary["test_top1"]) == 1
     assert summary["test_top1"][0] > 0.6  # Chance is 0.1.
-    assert summary["aux_flops_ratio"] == [0.0] * 4 and len(summary["block_step_seconds"]) == 4
+    assert summary["aux_flops_ratio"] == [0.0] * 4
     losses = [
         line["train/block_3/loss"]
         for line in read_metrics(tmp_path / "metrics.jsonl")
