@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import auto as tqdm
 
-from dgl_jax import checkpoint, cost, distributed, metrics
+from dgl_jax import cost, distributed, metrics
 from dgl_jax.auxiliary import OPTIONS, make_heads
 from dgl_jax.block import init_block_state, make_block_step
 from dgl_jax.config import PlacementConfig, SearchConfig, SearchSettings, to_dict
@@ -39,7 +39,6 @@ from dgl_jax.sedona.outer import (
     snapshot_steps,
     to_bytes,
 )
-from dgl_jax.sedona.plots import plot_search
 from dgl_jax.sedona.relaxation import init_state, init_variables, relax, relaxed_network
 from dgl_jax.sedona.result import SearchResult, write_result
 from dgl_jax.types import Batch
@@ -148,6 +147,8 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     )
 
     # ---- What the folder holds already is gone on with.
+    from dgl_jax import checkpoint  # Imports orbax, which takes a second.
+
     saved = _to_save(outer_state, weights, snapshots)
     num_steps = num_pretraining + num_outer
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
@@ -290,6 +291,8 @@ def search(config: SearchConfig, workdir: str) -> dict[str, Any]:
         SearchResult(config.network.name, settings.candidates, alpha, beta),
         {"groupings": groupings, "balanced_groupings": balanced_groupings},
     )
+    from dgl_jax.sedona.plots import plot_search  # Imports matplotlib, which takes a second.
+
     plot_search(workdir, summary)
     write_summary(workdir, summary)  # Last: a search is finished when all its files are there.
     return summary

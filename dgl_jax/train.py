@@ -17,15 +17,12 @@ import numpy as np
 from tqdm import auto as tqdm
 
 from dgl_jax import (
-    checkpoint,
     cost,
     distributed,
     drift,
     evaluation,
     metrics,
     placement,
-    plots,
-    timeline,
     trace,
 )
 from dgl_jax.config import LOCAL_METHODS, Config, to_dict
@@ -187,6 +184,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     classifiers = [block.index for block in blocks if block.classifies]
 
     # ---- What the folder holds already is gone on with.
+    from dgl_jax import checkpoint  # Imports orbax, which takes a second.
+
     os.makedirs(workdir, exist_ok=True)
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
     # Latest, best and next.
@@ -364,6 +363,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     if recorder:
         trace.stop()
         title = f"{config.method.name}, {config.network.name}, K = {num_blocks}: measured"
+        from dgl_jax import timeline  # Imports matplotlib.
+
         busy = timeline.write_trace(workdir, recorder.finish(), num_blocks, title)
     trained = fetch([(block.params, block.batch_stats) for block in state.blocks])
     if not is_main:
@@ -423,6 +424,8 @@ def train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     }
     if config.eval.log_drift:
         drift.write_drift(workdir)
+    from dgl_jax import plots  # Imports matplotlib, which takes a second.
+
     plots.plot_run(workdir, summary)
     write_summary(workdir, summary)  # Last: a run is finished when all its files are there.
     return summary
