@@ -1,6 +1,8 @@
-"""How a script starts and ends: its flags, its one line for an error, its exit code.
+"""How a script starts and ends: its flags, its --help, its one line for an error, its exit code.
 
 0: finished. 2: the user's mistake. 1: anything else.
+
+JAX is imported late, and so it should be in a script: --help and a mistyped flag need not wait.
 """
 
 import os
@@ -9,19 +11,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dgl_jax import distributed
-from dgl_jax.config import Config, check_field_name, from_dict
-from dgl_jax.data.cache import cache_dir
+from dgl_jax.config import Config, check_field_name, describe_fields, from_dict
 from dgl_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The configuration, a Python file; --config.FIELD=VALUE overrides a field."
+    "config", None, "Needed: the configuration, a Python file; --config.FIELD=VALUE sets a field."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Needed: the run's folder.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -50,10 +49,14 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
     """Parses ``--config``, a file of that class, and ``--workdir``; ``main(config, workdir)``.
 
-    The exit code is 2, with one line on stderr, where there was a `UserError`.
+    The exit code is 2, with one line on stderr, where there was a `UserError`. ``--help`` prints
+    `help_text` and ends with 0.
     """
 
     def parse_flags(argv: Sequence[str]) -> list[str]:
+        if not {"--help", "-help", "-h", "-?"}.isdisjoint(argv[1:]):
+            print(help_text(argv[0], sys.modules[main.__module__].__doc__, config_class))
+            sys.exit(0)
         try:
             _check_config_arguments(argv[1:], config_class)
             remaining = flags.FLAGS(list(argv))
@@ -69,6 +72,8 @@ def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
 
     def run_main(argv: Sequence[str]) -> None:
         del argv
+        from dgl_jax import distributed
+
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells each step of a save.
         try:
@@ -99,8 +104,49 @@ def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
     app.run(run_main, flags_parser=parse_flags)
 
 
+def help_text(script: str, about: str, config_class: type = Config) -> str:
+    """What ``--help`` prints: every flag and every field, each with its default on a line.
+
+    Args:
+      script: its path.
+      about: its docstring.
+      config_class: of its configuration.
+    """
+    lines = [
+        f"usage: python {script} --config=FILE --workdir=DIR [--FLAG=VALUE] [--config.FIELD=VALUE]\n",
+        about.strip() + "\n",
+        "Flags (--helpfull lists those of absl too):",
+    ]
+    by_module = flags.FLAGS.flags_by_module_dict()
+    # Of the script's own module absl says its path.
+    for flag in [*by_module[__name__], *by_module.get(sys.argv[0], ())]:
+        lines.append(_help_line(flag.name, flag.default, flag.help))
+    lines.append("\nFields of the configuration with their own defaults; FILE may set others:")
+    before = ""
+    for name, (default, help_line) in describe_fields(config_class).items():
+        section = name.rpartition(".")[0]
+        if section != before:
+            lines.append(f"\n{section}: {getattr(config_class(), section).__doc__}")
+            before = section
+        lines.append(_help_line(f"config.{name}", default, help_line))
+    return "\n".join(lines)
+
+
+def _help_line(name: str, default: Any, help_line: str) -> str:
+    """``--name=default  help``, where the first part can be given to the script as it stands."""
+    value = str(default)
+    if isinstance(default, tuple) or not value:
+        value = f'"{value}"'
+    argument = f"--{name}" if default is None else f"--{name}={value}"
+    return f"  {argument:<44}  {help_line}"
+
+
 def _use_compilation_cache() -> None:
     """Keeps programs that took a second or longer to compile."""
+    import jax
+
+    from dgl_jax.data.cache import cache_dir
+
     folder = _COMPILATION_CACHE.value
     if folder is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = str(cache_dir() / "programs")
@@ -109,6 +155,8 @@ def _use_compilation_cache() -> None:
 
 
 def _join_processes() -> None:
+    from dgl_jax import distributed
+
     given = {"num_processes": _NUM_PROCESSES.value, "process_id": _PROCESS_ID.value}
     if _COORDINATOR.value:
         for name, value in given.items():
@@ -146,6 +194,8 @@ def _check_config_arguments(arguments: Sequence[str], config_class: type) -> Non
 
 
 def _fail(message: str, code: int) -> None:
+    from dgl_jax import distributed
+
     message = " ".join(message.split())
     distributed.fail(message, code)
     print(f"error: {message}", file=sys.stderr)

@@ -2,7 +2,8 @@
 
 A configuration file's ``get_config()`` starts from `default_config()`, a ConfigDict with
 every field below; the scripts turn it into a `Config` once, with `from_dict`, which rejects
-unknown names, wrong types and values out of range in one line each.
+unknown names, wrong types and values out of range in one line each. Their ``--help`` is made of the
+fields, too.
 """
 
 import dataclasses
@@ -12,253 +13,297 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import config_dict
-
 from dgl_jax.errors import UserError
+
+if typing.TYPE_CHECKING:
+    from ml_collections import config_dict
+
+
+def _field(default: Any, help_line: str) -> Any:
+    """A field with its default and its line of ``--help``, which adds the choices."""
+    return dataclasses.field(default=default, metadata={"help": help_line})
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodConfig:
     """The training algorithm."""
 
-    name: str = "dgl"
-    # sequential: how often each block's turn comes; the updates of a block are shared out.
-    laps: int = 1
-    # ddg: delayed gradients are taken at the "stale" weights of their forward pass (the paper),
-    # or at the "current" ones (the public code).
-    weights: str = "stale"
-    # pipeline_backprop: M, the parts of a batch that go through the blocks one after the other;
-    # and in which order each block works on them: gpipe or 1f1b, see schedule.pipeline.
-    num_microbatches: int = 4
-    pipeline_schedule: str = "1f1b"
+    name: str = _field("dgl", "How blocks are trained; docs/methods has a page for each.")
+    laps: int = _field(
+        1, "sequential: the turns of each block, over which its updates are shared out."
+    )
+    # The paper says stale, the public code does current.
+    weights: str = _field(
+        "stale",
+        "ddg: take delayed gradients at the weights of their forward pass, or at current ones.",
+    )
+    num_microbatches: int = _field(4, "pipeline_backprop: M, the parts that a batch is split into.")
+    # See schedule.pipeline.
+    pipeline_schedule: str = _field(
+        "1f1b", "pipeline_backprop: the order in which a block works on the microbatches."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ReplayConfig:
     """Asynchronous DGL: who runs when, and the replay buffers between blocks."""
 
-    # async_dgl: blocks are drawn at "random", or in "round_robin".
-    order: str = "random"
-    # S: this block is drawn (async_dgl) or works (async_dgl_parallel) S times less often.
-    slow_block: int = 0
-    slowdown: float = 1.0
-    # async_dgl: how often each block is drawn, K probabilities; empty: by slow_block, slowdown.
-    pmf: tuple[float, ...] = ()
-    # M: mini-batches in each buffer.
-    buffer_size: int = 50
-    # float32, bfloat16 or int8 (with a scale a channel).
-    buffer_dtype: str = "float32"
-    # lifo_least_reused, official or fifo: see replay.select_slot.
-    policy: str = "lifo_least_reused"
-    # A batch is not read again once it has been used so often, writing included; 0: no limit.
-    max_reuse: int = 0
-    # async_dgl: none, once or official; and exact or official: see replay.PlanConfig.
-    warm_up: str = "once"
-    accounting: str = "exact"
+    order: str = _field("random", "async_dgl: how the next block is chosen.")
+    slow_block: int = _field(0, "The block that runs less often where slowdown is above 1.")
+    slowdown: float = _field(1.0, "S: how many times less often slow_block runs.")
+    pmf: tuple[float, ...] = _field(
+        (), "async_dgl: K probabilities of drawing each block; empty: from slow_block and slowdown."
+    )
+    buffer_size: int = _field(50, "M: mini-batches in each buffer.")
+    buffer_dtype: str = _field(
+        "float32", "How buffers store activations; int8 has a scale a channel."
+    )
+    # See replay.select_slot.
+    policy: str = _field(
+        "lifo_least_reused", "Which batch is read; official keeps a slip of the DGL authors' code."
+    )
+    max_reuse: int = _field(
+        0, "Uses, the writing included, after which a batch is not read again; 0: no limit."
+    )
+    # See replay.PlanConfig, also for accounting.
+    warm_up: str = _field(
+        "once",
+        "async_dgl: fill the buffers first: never, once, or (official) again at each drop of the rate.",
+    )
+    accounting: str = _field(
+        "exact", "async_dgl: how epochs are counted; official: as the DGL authors' code does."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
     """The network that is cut into blocks."""
 
-    name: str = "cnn6"
-    # For VGG and ResNet: the stem and head for images of CIFAR's, Tiny-ImageNet's or
-    # ImageNet's size.
-    form: str = "cifar"
-    # Multiplies every layer's channels. SEDONA's CIFAR networks are 0.25.
-    width_factor: float = 1.0
-    # Dropout rate in the fully connected layers of VGG's head.
-    dropout: float = 0.0
-    # What layers and heads compute in; parameters, statistics and losses stay float32.
-    dtype: str = "float32"
-    # How kernels of layers and heads start: "own", each as its module says, or "he_normal", all
-    # from He's normal distribution by fan-in, as in SEDONA's code, also those that start at zero.
-    kernel_init: str = "own"
-    # How the weights of BatchNorm start: "own", as ones, or "uniform", from U(0, 1), as in DGL's
-    # small networks: PyTorch's default until version 1.2.
-    norm_init: str = "own"
-    # Whether runs of equal layers are loops: a deep network compiles faster.
-    scan_layers: bool = False
+    name: str = _field(
+        "cnn6",
+        "cnn4, cnn6, cnn6_async, dni_cnn, vgg13, vgg16, vgg19, "
+        "resnet18, resnet50, resnet101, resnet110 or resnet152.",
+    )
+    form: str = _field(
+        "cifar", "VGG and ResNet: the stem and head for images of this data set's size."
+    )
+    width_factor: float = _field(
+        1.0, "Multiplies every layer's channels; SEDONA's CIFAR networks are 0.25."
+    )
+    dropout: float = _field(0.0, "Dropout rate in the fully connected layers of VGG's head.")
+    dtype: str = _field(
+        "float32",
+        "What layers and heads compute in; parameters, statistics and losses stay float32.",
+    )
+    # he_normal also for kernels that would start at zero, as in SEDONA's code.
+    kernel_init: str = _field(
+        "own", "How kernels start: as each module says (own), or all from He's normal by fan-in."
+    )
+    # uniform is PyTorch's default until version 1.2.
+    norm_init: str = _field(
+        "own",
+        "BatchNorm's weights start as ones (own), or from U(0, 1) as in DGL's small networks.",
+    )
+    scan_layers: bool = _field(
+        False, "Run equal layers as a loop: a deep network compiles in a fraction of the time."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class PartitionConfig:
     """Where the network is cut."""
 
-    # uniform, explicit, per_layer, balanced or from_search.
-    strategy: str = "per_layer"
-    # For uniform, balanced and from_search.
-    num_blocks: int = 0
-    # For explicit: the 0-based layers after which to cut.
-    cuts: tuple[int, ...] = ()
-    # For balanced and max_imbalance: what a layer costs, its "flops", its measured "time", or the
-    # "memory" that its backward pass keeps.
-    cost: str = "flops"
-    # The file of a search's result (sedona/result.py). Where one is given, it decides the cuts
-    # whatever strategy and cuts say: `from_dict` sets strategy to from_search.
-    from_search: str = ""
-    # from_search: whether it decides the heads too, whatever `auxiliary` says but for the heads'
-    # options: a search on one data set also serves larger networks of another.
-    search_heads: bool = True
-    # from_search: how many times as much as in the most balanced cuts the slowest block may cost;
-    # 0 for the paper's rule, which bounds nothing.
-    max_imbalance: float = 0.0
+    strategy: str = _field("per_layer", "How the cuts are chosen.")
+    num_blocks: int = _field(0, "K, for uniform, balanced and from_search.")
+    cuts: tuple[int, ...] = _field((), "explicit: the layers, from 0, after which to cut.")
+    cost: str = _field(
+        "flops",
+        "balanced, max_imbalance: a layer's FLOPs, measured time, or memory of its backward pass.",
+    )
+    # It decides the cuts whatever strategy and cuts say: `from_dict` sets strategy.
+    from_search: str = _field(
+        "", "search.json of a search, which decides the cuts whatever strategy and cuts say."
+    )
+    # False: a search on one data set also serves larger networks of another.
+    search_heads: bool = _field(
+        True, "from_search: take the search's heads too, with the options of auxiliary."
+    )
+    max_imbalance: float = _field(
+        0.0,
+        "from_search: the slowest block costs at most this times that of balanced cuts; 0: no bound.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class AuxiliaryConfig:
     """The auxiliary head of every block but the last, which has the network's own head."""
 
-    name: str = "mlp_sr"
-    # A cap on the hidden width of the head's MLP; 0 for none.
-    max_hidden: int = 0
-    # pred: the block's output is pooled until it has no more than so many features.
-    max_features: int = 2048
-    # sepconv_*: the channels before the pool (2048 on networks of full width), and by how much
-    # the block's channels are reduced (1 for networks of basic blocks).
-    features: int = 512
-    reduction: int = 4
-    # Instead of `name`, a head for each block but the last.
-    per_block: tuple[str, ...] = ()
+    name: str = _field(
+        "mlp_sr",
+        "cnn, mlp, mlp_sr, pred, synthesizer, sepconv_1, sepconv_2, sepconv_3 or sepconv_4.",
+    )
+    max_hidden: int = _field(0, "A cap on the hidden width of the head's MLP; 0: none.")
+    max_features: int = _field(
+        2048, "pred: the block's output is pooled until it has no more features than this."
+    )
+    # 2048 on networks of full width.
+    features: int = _field(512, "sepconv_*: the channels before the pool.")
+    # 1 for networks of basic blocks.
+    reduction: int = _field(4, "sepconv_*: by how much the block's channels are reduced.")
+    per_block: tuple[str, ...] = _field((), "Instead of name: a head for each block but the last.")
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """The local loss of every block. The last block's is always the cross-entropy."""
 
-    # cross_entropy (PredSim's "pred"), sim (similarity matching), or predsim (both, weighted).
-    name: str = "cross_entropy"
-    # Instead of `name`, a loss for each block but the last.
-    per_block: tuple[str, ...] = ()
-    # predsim: the weight of sim; the cross-entropy has the rest.
-    similarity_weight: float = 0.99
-    # Of the cross-entropy's targets.
-    label_smoothing: float = 0.0
+    name: str = _field(
+        "cross_entropy",
+        "The loss; sim is similarity matching, predsim both, pred the cross-entropy too.",
+    )
+    per_block: tuple[str, ...] = _field((), "Instead of name: a loss for each block but the last.")
+    similarity_weight: float = _field(
+        0.99, "predsim: the weight of sim; the cross-entropy has the rest."
+    )
+    label_smoothing: float = _field(0.0, "Label smoothing of the cross-entropy.")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Every block's own optimizer. Drops are in epochs from 0: lr falls when they begin."""
 
-    # sgd or adam.
-    name: str = "sgd"
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = False
-    b1: float = 0.9
-    b2: float = 0.999
-    # An L2 term added to the gradient, as PyTorch's optimizers do.
-    weight_decay: float = 5e-4
-    # all parameters, or kernels only.
-    weight_decay_on: str = "all"
-    # constant, step or cosine.
-    schedule: str = "step"
-    drop_epochs: tuple[float, ...] = (15.0, 30.0, 45.0)
-    drop_factor: float = 0.2
-    min_learning_rate: float = 0.0
-    # At a drop the optimizer's momentum is kept, or reset as when the official code makes a
-    # new optimizer.
-    momentum_at_drop: str = "keep"
+    name: str = _field("sgd", "The optimizer.")
+    learning_rate: float = _field(0.1, "The learning rate at the start.")
+    momentum: float = _field(0.9, "sgd: momentum; 0: none.")
+    nesterov: bool = _field(False, "sgd: Nesterov's momentum.")
+    b1: float = _field(0.9, "adam: decay of the mean of gradients.")
+    b2: float = _field(0.999, "adam: decay of the mean of squared gradients.")
+    weight_decay: float = _field(
+        5e-4, "An L2 term added to the gradient, as PyTorch's optimizers add it."
+    )
+    weight_decay_on: str = _field("all", "The parameters that weight decay applies to.")
+    schedule: str = _field("step", "How the learning rate changes.")
+    drop_epochs: tuple[float, ...] = _field(
+        (15.0, 30.0, 45.0), "step: the epochs, from 0, at whose start the learning rate drops."
+    )
+    drop_factor: float = _field(0.2, "step: what each drop multiplies the learning rate by.")
+    min_learning_rate: float = _field(0.0, "cosine: the learning rate at the end.")
+    # The official code resets it, as it makes a new optimizer.
+    momentum_at_drop: str = _field("keep", "step: whether a drop keeps or resets the momentum.")
 
 
 @dataclasses.dataclass(frozen=True)
 class PlacementConfig:
     """Where blocks live and run."""
 
-    # fused: one program for all blocks. pipelined: one program and one mesh a block.
-    kind: str = "fused"
-    # Fused dgl: a block waits until the one before has made its update, which takes the least
-    # memory; else the compiler may run blocks at once.
-    one_after_another: bool = False
-    # Devices to use; 0 for one (fused) or as many as there are (pipelined).
-    num_devices: int = 0
-    # Devices over which every block splits its batch.
-    data_parallel: int = 1
-    # Pipelined: instead, devices of each block for itself, over which it splits its batch.
-    devices_per_block: tuple[int, ...] = ()
-    # Pipelined: or these are chosen, with partition.strategy=balanced together with the cuts, so
-    # that the slowest stage (partition.cost of a block / its devices) is as fast as it can be.
-    auto: bool = False
-    # Calls dispatched but not finished, at the most: of a step each, or of train.steps_per_call.
+    kind: str = _field("fused", "One program for all blocks, or one program and mesh a block.")
+    # Otherwise the compiler may run blocks at once.
+    one_after_another: bool = _field(
+        False, "dgl, fused: a block waits for the update of the one before: the least memory."
+    )
+    num_devices: int = _field(
+        0, "Devices to use; 0: one where fused, as many as there are where pipelined."
+    )
+    data_parallel: int = _field(1, "Devices over which every block splits its batch.")
+    devices_per_block: tuple[int, ...] = _field(
+        (), "Pipelined, instead of data_parallel: how many devices each block has for itself."
+    )
+    # With partition.strategy=balanced the cuts too; a stage's time is partition.cost / its devices.
+    auto: bool = _field(
+        False, "Pipelined: deal devices to blocks so that the slowest stage is as fast as can be."
+    )
     # Where blocks are on N groups of devices, N - 1 more, as a step is so long on its way from the
     # first to the last.
-    max_steps_in_flight: int = 4
+    max_steps_in_flight: int = _field(
+        4,
+        "The most calls, of train.steps_per_call steps each, that are dispatched but not finished.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The data set and how it is augmented."""
 
-    # embedded, arrays, or a TFDS name such as cifar10.
-    name: str = "embedded"
-    # TFDS's data directory, or the .npz file of `arrays`.
-    data_dir: str = ""
-    augment: bool = True
-    crop_padding: int = 4
-    flip: bool = True
-    validation_fraction: float = 0.0
-    # Of streamed images; 0 for 224.
-    image_size: int = 0
-    num_workers: int = 0
-    # Of each channel, of pixels in [0, 1]; empty for the data set's own.
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    name: str = _field("embedded", "embedded, arrays, or a TFDS name such as cifar10.")
+    data_dir: str = _field("", "The folder of prepared TFDS sets, or the .npz file of arrays.")
+    augment: bool = _field(True, "Crop (and flip) training images at random.")
+    crop_padding: int = _field(
+        4, "Black pixels on each side before a random crop, of sets in memory; 0: no crop."
+    )
+    flip: bool = _field(True, "Where augment is on, mirror half of the training images.")
+    validation_fraction: float = _field(
+        0.0, "The share of the training set held out; a search's decision variables learn on it."
+    )
+    image_size: int = _field(0, "Pixels a side of streamed images; 0: 224.")
+    num_workers: int = _field(0, "Processes that decode streamed images; 0: threads of this one.")
+    mean: tuple[float, ...] = _field(
+        (), "The mean of each channel, of pixels in [0, 1]; empty: the data set's own."
+    )
+    std: tuple[float, ...] = _field((), "The standard deviation of each channel, as for mean.")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How long to train. One of num_steps and num_epochs is given, the other 0."""
 
-    batch_size: int = 128
-    num_steps: int = 0
-    num_epochs: float = 50.0
-    # Between two lines of training metrics.
-    log_every_steps: int = 20
-    # Steps that are one program, which makes their batches itself: the host is idle meanwhile. Those
-    # left over at an epoch's end, or at a block's turn in sequential, run singly.
-    steps_per_call: int = 1
-    # Blocks whose layers are computed again in the backward pass: less memory, more time.
-    remat_blocks: tuple[int, ...] = ()
-    # Each block's gradient norm, and the running sum of learning rate x its square.
-    log_gradient_norm: bool = False
+    batch_size: int = _field(128, "Training examples a step, over all devices together.")
+    num_steps: int = _field(0, "Updates of each block; 0: num_epochs says how many.")
+    num_epochs: float = _field(50.0, "Passes over the training set; 0: num_steps says how many.")
+    log_every_steps: int = _field(20, "Steps between two lines of training metrics.")
+    # Those left over at an epoch's end, or at a block's turn in sequential, run singly.
+    steps_per_call: int = _field(
+        1, "Steps in one program, which makes their batches itself: the host is idle meanwhile."
+    )
+    remat_blocks: tuple[int, ...] = _field(
+        (), "Blocks whose layers are computed again in the backward pass: less memory, more time."
+    )
+    log_gradient_norm: bool = _field(
+        False, "Log each block's gradient norm, and the sum of learning rate x its square."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation of every block's head on the whole test (and validation) set."""
 
-    every_epochs: float = 1.0
-    batch_size: int = 500
-    # How many of the last heads the log-softmax ensemble sums.
-    ensemble_last: int = 2
-    # How far each block's outputs on a fixed probe batch are from their final distribution.
-    log_drift: bool = False
-    # Whether each block's work of one step is timed at the end, block by block. It compiles a
-    # program a block, which keeps its inputs: more memory than training takes.
-    time_blocks: bool = False
+    every_epochs: float = _field(1.0, "Epochs between two evaluations.")
+    batch_size: int = _field(500, "Examples an evaluation batch, over all devices together.")
+    ensemble_last: int = _field(2, "How many of the last heads the log-softmax ensemble sums.")
+    log_drift: bool = _field(
+        False,
+        "Log how far each block's outputs on a probe batch are from their final distribution.",
+    )
+    time_blocks: bool = _field(
+        False, "Time each block's work of one step after training; takes more memory than training."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints: the latest, and the best by the last block's accuracy."""
 
-    # 0: once an epoch; in a search, twenty in all.
-    every_steps: int = 0
+    every_steps: int = _field(
+        0, "Steps between two checkpoints; 0: once an epoch, in a search twenty in all."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A training run."""
 
-    seed: int = 0
-    # Of float32 matrix products and convolutions: "default" is the platform's fast one (TF32 on an
-    # NVIDIA GPU, bfloat16 on a TPU), "highest" is float32 everywhere, "high" lies between.
-    precision: str = "default"
-    # When each block's program ran, for some steps: timeline.png, trace.json, busy fractions. No
-    # program of the run donates its inputs then: it takes more memory.
-    trace: bool = False
-    # jax.profiler's trace of the same steps, in profile/; blocks are named in it.
-    profile: bool = False
+    seed: int = _field(0, "Decides the first parameters, the order of the data and all draws.")
+    precision: str = _field(
+        "default",
+        "Of float32 products: the platform's default (TF32 on an NVIDIA GPU, bfloat16 on a TPU), "
+        "high, or highest (float32 everywhere).",
+    )
+    # No program of such a run donates its inputs: it takes more memory.
+    trace: bool = _field(
+        False, "Record when each block's program ran, for 40 steps: timeline.png, trace.json."
+    )
+    profile: bool = _field(
+        False, "jax.profiler's trace of the same steps, in profile/; blocks are named in it."
+    )
     method: MethodConfig = MethodConfig()
     replay: ReplayConfig = ReplayConfig()
     network: NetworkConfig = NetworkConfig()
@@ -277,52 +322,60 @@ class Config:
 class SearchSettings:
     """SEDONA's search: pretraining, then outer steps that learn the decision variables."""
 
-    # The candidate heads at every place; their options are config.auxiliary's.
-    candidates: tuple[str, ...] = ("sepconv_1", "sepconv_2", "sepconv_3", "sepconv_4")
-    num_pretraining_steps: int = 40_000
-    num_outer_steps: int = 2_000
-    # T: the steps of the weights through which the outer gradient looks.
-    num_inner_steps: int = 5
-    # unrolled, first_order, finite_difference or official: see sedona/hypergradient.py.
-    hypergradient: str = "unrolled"
-    # Whether inner steps are computed again on the way back instead of held in memory.
-    remat: bool = True
-    batch_size: int = 128
-    validation_batch_size: int = 1024
-    # Adam on the decision variables.
-    learning_rate: float = 0.01
-    b1: float = 0.5
-    b2: float = 0.999
-    weight_decay: float = 1e-6
-    # Snapshots of the weights, from pretraining, which the outer steps start from.
-    num_snapshots: int = 50
-    # spread: over the whole of pretraining. official: the last ones, snapshot_interval apart.
-    snapshots: str = "spread"
-    snapshot_interval: int = 80
-    # Where they are kept: device, host, or auto (by their size).
-    snapshot_memory: str = "auto"
-    # What the summary says of: K, by the paper's rule, and with the slowest block bounded to so
-    # many times that of the most balanced cuts.
-    num_blocks: tuple[int, ...] = (2, 4, 8)
-    max_imbalance: float = 1.25
-    # The length of one training by backprop, in which the search's cost is stated.
-    backprop_steps: int = 64_000
-    log_every_steps: int = 20
+    candidates: tuple[str, ...] = _field(
+        ("sepconv_1", "sepconv_2", "sepconv_3", "sepconv_4"),
+        "The candidate heads at every place; their options are those of auxiliary.",
+    )
+    num_pretraining_steps: int = _field(40_000, "Steps of the weights before the outer steps.")
+    num_outer_steps: int = _field(2_000, "Steps of the decision variables.")
+    num_inner_steps: int = _field(
+        5, "T: the steps of the weights through which the outer gradient looks."
+    )
+    # See sedona/hypergradient.py.
+    hypergradient: str = _field("unrolled", "How the outer gradient is taken.")
+    remat: bool = _field(
+        True, "Compute inner steps again on the way back instead of holding them in memory."
+    )
+    batch_size: int = _field(128, "Training examples an inner step.")
+    validation_batch_size: int = _field(1024, "Held-out examples an outer step.")
+    learning_rate: float = _field(0.01, "Adam's learning rate on the decision variables.")
+    b1: float = _field(0.5, "Adam's decay of the mean of outer gradients.")
+    b2: float = _field(0.999, "Adam's decay of the mean of squared outer gradients.")
+    weight_decay: float = _field(1e-6, "An L2 term on the decision variables.")
+    num_snapshots: int = _field(
+        50, "Snapshots of the weights, from pretraining, which the outer steps start from."
+    )
+    snapshots: str = _field(
+        "spread",
+        "When they are taken: over all of pretraining, or (official) at its end, snapshot_interval apart.",
+    )
+    snapshot_interval: int = _field(80, "Official snapshots: the steps between two.")
+    snapshot_memory: str = _field("auto", "Where snapshots are kept; auto: by their size.")
+    num_blocks: tuple[int, ...] = _field(
+        (2, 4, 8), "The numbers of blocks, K, whose cuts and heads the summary has."
+    )
+    max_imbalance: float = _field(
+        1.25,
+        "The summary also has cuts whose slowest block costs at most this times that of balanced ones.",
+    )
+    backprop_steps: int = _field(
+        64_000, "The length of a training by backprop, in which the search's cost is stated."
+    )
+    log_every_steps: int = _field(20, "Steps between two lines of metrics.")
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig:
     """A search."""
 
-    seed: int = 0
-    # As in training, but "highest": the outer gradient is a difference of small numbers.
-    precision: str = "highest"
+    seed: int = _field(0, "Decides the first parameters, the order of the data and all draws.")
+    # The outer gradient is a difference of small numbers.
+    precision: str = _field("highest", "Of float32 products: default, high or highest.")
     network: NetworkConfig = NetworkConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     loss: LossConfig = LossConfig()
     # Of the weights.
     optimizer: OptimizerConfig = OptimizerConfig()
-    # validation_fraction: the share on which the decision variables learn.
     data: DataConfig = DataConfig()
     search: SearchSettings = SearchSettings()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -465,9 +518,25 @@ _BELOW_ONE = (
 )
 
 
-def default_config(config_class: type = Config) -> config_dict.ConfigDict:
+def default_config(config_class: type = Config) -> "config_dict.ConfigDict":
     """Returns a ConfigDict with every field of the dataclass at its default."""
+    from ml_collections import config_dict  # Only configuration files need it.
+
     return config_dict.ConfigDict(dataclasses.asdict(config_class()))
+
+
+def describe_fields(config_class: type = Config) -> dict[str, tuple[Any, str]]:
+    """Every field by its dotted name: its default and a line of help, with the choices if any.
+
+    Example:
+      >>> describe_fields()["placement.kind"]
+      ('fused', 'One program for all blocks, or one program and mesh a block. One of fused, pipelined.')
+    """
+    described = {}
+    for name, field in _leaf_fields(config_class).items():
+        choices = f" One of {', '.join(_CHOICES[name])}." if name in _CHOICES else ""
+        described[name] = (field.default, field.metadata["help"] + choices)
+    return described
 
 
 def check_field_name(name: str, config_class: type = Config) -> None:
@@ -476,7 +545,7 @@ def check_field_name(name: str, config_class: type = Config) -> None:
     Raises:
       UserError: if there is no such field; the message has the closest names.
     """
-    known = _leaf_names(config_class)
+    known = _leaf_fields(config_class)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(
             name, known, n=1, cutoff=0.3
@@ -535,7 +604,7 @@ def check_same_run(
       UserError: naming the first field that differs.
     """
     present, default = to_dict(config), to_dict(type(config)())
-    for name in _leaf_names(type(config)):
+    for name in _leaf_fields(type(config)):
         section, _, field = name.partition(".")
         if section in _RESUMABLE or name in _RESUMABLE:
             continue
@@ -550,14 +619,14 @@ def check_same_run(
             )
 
 
-def _leaf_names(config_class: type, prefix: str = "") -> list[str]:
-    names = []
+def _leaf_fields(config_class: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    fields = {}
     for field in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(field.type):
-            names += _leaf_names(field.type, f"{prefix}{field.name}.")
+            fields |= _leaf_fields(field.type, f"{prefix}{field.name}.")
         else:
-            names.append(prefix + field.name)
-    return names
+            fields[prefix + field.name] = field
+    return fields
 
 
 def _build(config_class: type, mapping: dict[str, Any], prefix: str, root: type) -> Any:
@@ -607,7 +676,7 @@ def _with_search(config: Config) -> Config:
 
 
 def _check_values(config: Any) -> None:
-    for name in _leaf_names(type(config)):
+    for name in _leaf_fields(type(config)):
         value = config
         for part in name.split("."):
             value = getattr(value, part)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import auto as tqdm
 
 from dgl_jax.config import ReplayConfig
 from dgl_jax.errors import UserError
@@ -89,6 +88,8 @@ def check_memory(
     """
     sizes = [nbytes(buffer_shapes(x, config)) for x in activations]
     each = ", ".join(f"{size / 2**30:.3g}" for size in sizes)
+    from tqdm import auto as tqdm
+
     tqdm.tqdm.write(
         f"replay buffers: {len(sizes)} of {config.buffer_size} mini-batches in "
         f"{config.buffer_dtype}: {sum(sizes) / 2**30:.3g} GiB ({each})",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import auto as tqdm
 
-from dgl_jax import checkpoint, cost, distributed, metrics
+from dgl_jax import cost, distributed, metrics
 from dgl_jax.auxiliary import OPTIONS, make_heads
 from dgl_jax.block import init_block_state, make_block_step
 from dgl_jax.config import PlacementConfig, SearchConfig, SearchSettings, to_dict
@@ -41,7 +41,6 @@ from dgl_jax.sedona.outer import (
     snapshot_steps,
     to_bytes,
 )
-from dgl_jax.sedona.plots import plot_search
 from dgl_jax.sedona.relaxation import init_state, init_variables, relax, relaxed_network
 from dgl_jax.sedona.result import SearchResult, write_result
 from dgl_jax.types import Batch
@@ -155,6 +154,8 @@ def _search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     )
 
     # ---- What the folder holds already is gone on with.
+    from dgl_jax import checkpoint  # Imports orbax, which takes a second.
+
     saved = _to_save(outer_state, weights, snapshots)
     num_steps = num_pretraining + num_outer
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
@@ -311,7 +312,13 @@ def _search(config: SearchConfig, workdir: str) -> dict[str, Any]:
 
     summary |= extra("timing a step of backprop", time_backprop)
     write_summary(workdir, summary)
-    extra("the plots", lambda: plot_search(workdir, summary))
+
+    def draw():
+        from dgl_jax.sedona.plots import plot_search  # Imports matplotlib.
+
+        plot_search(workdir, summary)
+
+    extra("the plots", draw)
     return summary
 
 

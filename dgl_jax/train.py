@@ -17,15 +17,12 @@ import numpy as np
 from tqdm import auto as tqdm
 
 from dgl_jax import (
-    checkpoint,
     cost,
     distributed,
     drift,
     evaluation,
     metrics,
     placement,
-    plots,
-    timeline,
     trace,
 )
 from dgl_jax.config import LOCAL_METHODS, Config, to_dict
@@ -101,7 +98,7 @@ def _train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     previous = distributed.agree(previous_run(config, workdir) if is_main else None)
     if previous and previous["summary"].get("finished"):
         if is_main and not os.path.exists(os.path.join(workdir, "learning_curves.png")):
-            extra("the plots", lambda: plots.plot_run(workdir, previous["summary"]))
+            extra("the plots", lambda: _draw(workdir, previous["summary"]))
         return previous["summary"] if is_main else None
     if is_main:
         check_writable(workdir)
@@ -197,6 +194,8 @@ def _train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
     classifiers = [block.index for block in blocks if block.classifies]
 
     # ---- What the folder holds already is gone on with.
+    from dgl_jax import checkpoint  # Imports orbax, which takes a second.
+
     os.makedirs(workdir, exist_ok=True)
     checkpointer = checkpoint.open_checkpointer(os.path.join(workdir, "checkpoints"))
     # Latest, best and next.
@@ -433,6 +432,8 @@ def _train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
 
     def write_trace():
         title = f"{config.method.name}, {config.network.name}, K = {num_blocks}: measured"
+        from dgl_jax import timeline  # Imports matplotlib.
+
         spans = recorder.finish()
         return {"busy_fractions": timeline.write_trace(workdir, spans, num_blocks, title)}
 
@@ -449,8 +450,14 @@ def _train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         write_summary(workdir, summary)
     if config.eval.log_drift:
         extra("drift.json (config.eval.log_drift)", lambda: drift.write_drift(workdir))
-    extra("the plots", lambda: plots.plot_run(workdir, summary))
+    extra("the plots", lambda: _draw(workdir, summary))
     return summary
+
+
+def _draw(workdir: str, summary: dict[str, Any]) -> None:
+    from dgl_jax import plots  # Imports matplotlib.
+
+    plots.plot_run(workdir, summary)
 
 
 def _speed_ups(

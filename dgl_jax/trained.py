@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from dgl_jax import checkpoint, distributed
+from dgl_jax import distributed
 from dgl_jax.block import Block
 from dgl_jax.config import Config, PlacementConfig, from_dict
 from dgl_jax.errors import UserError
@@ -77,6 +77,8 @@ def load_trained(workdir: str, *, best: bool = False) -> Trained:
     )
     placements = make_placements(PlacementConfig(), len(blocks))
     states = init_states(blocks, optimizer, jax.random.key(0), image_shape, placements)
+    from dgl_jax import checkpoint  # Imports orbax, which takes a second.
+
     folder, restored = os.path.join(workdir, "checkpoints"), None
     if os.path.isdir(folder):
         with checkpoint.open_checkpointer(folder, clean=False) as checkpointer:

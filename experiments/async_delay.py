@@ -1,4 +1,4 @@
-"""Measures whether a slow block holds up the others in asynchronous DGL.
+r"""Measures whether a slow block holds up the others in asynchronous DGL.
 
 python experiments/async_delay.py --config=experiments/configs/quickstart.py --workdir=DIR \
     --config.method.name=async_dgl_parallel --config.placement.kind=pipelined \

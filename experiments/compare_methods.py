@@ -1,4 +1,4 @@
-"""Trains every method of a configuration file with several seeds, and writes one table.
+r"""Trains every method of a configuration file with several seeds, and writes one table.
 
     python experiments/compare_methods.py --config=experiments/configs/methods.py \
         --variant=short --seeds=3 --workdir=runs/methods_short \
@@ -30,7 +30,6 @@ from dgl_jax import cli
 from dgl_jax.config import Config, from_dict
 from dgl_jax.errors import UserError
 from dgl_jax.metrics import write_atomically
-from dgl_jax.plots import plot_comparison
 from dgl_jax.processes import finished_summary, train_in_process
 from dgl_jax.tables import comparison_row, comparison_table
 
@@ -99,6 +98,8 @@ def main(config: Config, workdir: str) -> None:
     title = f"{about['networks']} on {about['data_sets']}, {count}"
     table = comparison_table(rows)
     write_atomically(f"{stem}.json", json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+    from dgl_jax.plots import plot_comparison  # Imports matplotlib, which takes a second.
+
     plot_comparison(f"{stem}.png", rows, title)
     write_atomically(
         f"{stem}.md",

@@ -1,4 +1,4 @@
-"""Random cuts and heads, each trained from scratch: the baseline of equal cost for a search.
+r"""Random cuts and heads, each trained from scratch: the baseline of equal cost for a search.
 
     python experiments/random_search.py --config=experiments/configs/sedona_cifar10.py:vgg19 \
         --workdir=runs/random_search --num_blocks=4 --trials=8 \

@@ -1,4 +1,4 @@
-"""Searches where to cut a network, and which head each block gets.
+r"""Searches where to cut a network, and which head each block gets.
 
 python experiments/search.py --config=experiments/configs/sedona_search.py:resnet18,short \
     --workdir=runs/search [--config.FIELD=VALUE ...]
@@ -11,11 +11,12 @@ python experiments/train.py --config=... --workdir=... \
 
 from dgl_jax import cli
 from dgl_jax.config import SearchConfig
-from dgl_jax.search import search
 from dgl_jax.tables import search_table
 
 
 def main(config: SearchConfig, workdir: str) -> None:
+    from dgl_jax.search import search  # Late: --help does not wait for JAX.
+
     print(search_table(search(config, workdir)))
 
 

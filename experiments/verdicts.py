@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import evidence
 from run_folders import FULL, Run, group, point, settings_of
-from scipy import stats
 
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "not decided", "not run"
 # The standard deviations that are assumed where there is one seed only, ours or published. Per cent:
@@ -73,6 +72,8 @@ def half_interval(measured: Sequence[Measured]) -> float:
         return 0.0
     unknown = sum(v**2 / (one.seeds - 1) for v, one in zip(variances, measured) if one.seeds > 1)
     freedom = sum(variances) ** 2 / unknown if unknown else math.inf
+    from scipy import stats  # Takes half a second.
+
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(sum(variances))
 
 

@@ -530,7 +530,7 @@ def test_small_prepared_set_goes_in_memory_and_is_cached(prepared, cache_folder,
     (cached,) = cache_folder.iterdir()
     assert cached.name.startswith("tiny_icons-1.0.0-")
     with monkeypatch.context() as patch:
-        patch.setattr(tfds_source, "decode", None)  # a second read of the set would fail
+        patch.setattr(decode, "decode", None)  # a second read of the set would fail
         run()
     whole = cached.read_bytes()
     middle = len(whole) // 2  # inside the train images

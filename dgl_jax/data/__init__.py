@@ -18,7 +18,6 @@ from dgl_jax.data import (
     shardings,
     sources,
     statistics,
-    streaming,
     tfds_source,
 )
 from dgl_jax.data.dataset import Dataset, EvalBatch
@@ -239,6 +238,8 @@ def load_dataset_in_parts(*, sharding: jax.sharding.Sharding, **options: Any) ->
 
 
 def _streaming_dataset(tfds_set, *, mean_and_std, **kwargs) -> Dataset:
+    from dgl_jax.data import streaming  # Imports grain.
+
     return streaming.make_dataset(
         name=tfds_set.name,
         num_classes=tfds_set.num_classes,

@@ -11,11 +11,8 @@ import sys
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
-import tqdm
 
 from dgl_jax.data import cache
-from dgl_jax.data.decode import decode
 from dgl_jax.data.sources import ARRAY_SOURCES, Arrays, from_archive
 from dgl_jax.errors import UserError
 
@@ -67,6 +64,8 @@ class EncodedImages:
 
     @functools.cached_property
     def _source(self) -> Any:
+        import tensorflow_datasets as tfds
+
         builder = tfds.builder_from_directory(self._directory)
         decoders = {"image": tfds.decode.SkipDecoding()}
         return builder.as_data_source(split=self._split, decoders=decoders)
@@ -239,6 +238,8 @@ def _open(directory: pathlib.Path, root: pathlib.Path, name: str, data_dir: str)
             f" read without TensorFlow; run `{prepare_command(name, data_dir)}` in another"
             f" data_dir, or convert it by tfds.scripts.convert_format"
         )
+    import tensorflow_datasets as tfds  # Takes a second, and only prepared sets need it.
+
     info = tfds.builder_from_directory(directory).info
     missing = [
         path for split in info.splits.values() for path in split.filepaths if not path.exists()
@@ -279,6 +280,8 @@ def _check_shards(directory: pathlib.Path, split_info: Any, name: str, again: st
 
 def _check_features(features: Any, name: str) -> tuple[int, int, tuple[int | None, int | None]]:
     """(channels, num_classes, (height, width)) of a set's features."""
+    import tensorflow_datasets as tfds
+
     by_key = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     image, label = by_key.get("image"), by_key.get("label")
     if not isinstance(image, tfds.features.Image) or not isinstance(
@@ -313,6 +316,10 @@ def _test_split(directory: pathlib.Path, splits: dict[str, int], name: str) -> s
 
 
 def _decode_split(tfds_set: TfdsSet, split: str) -> tuple[np.ndarray, np.ndarray]:
+    import tqdm
+
+    from dgl_jax.data.decode import decode  # Imports Pillow.
+
     source = EncodedImages(str(tfds_set.directory), split)
     images = np.empty((len(source), *tfds_set.image_shape), np.uint8)
     labels = np.empty(len(source), np.int32)
