@@ -3,17 +3,19 @@
 # make test    all tests
 # make quick   a quick part of the tests; TESTS="FILE ..." of these only
 # make slow    the other tests
+# make smoke   all methods, a kill, a search ... on the devices at hand: SIZE=tiny on a CPU
 # make lint    formatting and lint
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
+SIZE ?= full
 BIN = $(VENV)/bin
 # A host with an NVIDIA GPU gets jax with CUDA.
 REQUIREMENTS = $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo requirements-cuda.txt || echo requirements.txt)
 STAMP = $(VENV)/.installed
 
-.PHONY: setup train test quick slow lint clean
+.PHONY: setup train test quick slow smoke lint clean
 
 setup: $(STAMP)
 
@@ -40,6 +42,9 @@ quick: setup
 
 slow: setup
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile -m slow
+
+smoke: setup
+	$(BIN)/python experiments/smoke.py --size=$(SIZE) --out=runs/smoke
 
 lint: setup
 	$(BIN)/ruff format --check .
