@@ -81,7 +81,7 @@ class NetworkConfig:
 
     name: str = _field(
         "cnn6",
-        "cnn4, cnn6, cnn6_async, dni_cnn, vgg13, vgg16, vgg19, "
+        "cnn4, cnn6, cnn6_async, dni_cnn, mlp, mlp_zero_head, vgg13, vgg16, vgg19, "
         "resnet18, resnet50, resnet101, resnet110 or resnet152.",
     )
     form: str = _field(

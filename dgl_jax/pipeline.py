@@ -100,7 +100,9 @@ def init_states(
         def init(key, block=block, shape=shape):
             return init_block_state(block, optimizer, key, jnp.zeros(shape.shape, shape.dtype))
 
-        init = block_program(init, placement, placement.state)
+        init = block_program(
+            init, placement, placement.state, compiler_options=run_once(placement.devices[0])
+        )
         states.append(init(place(key, placement.state)))
         for layer in block.layers:
             shape = output_shape(layer, shape)
@@ -115,6 +117,7 @@ def block_program(
     inputs: tuple[Any, ...] | None = None,
     traced: tuple[int, str] | None = None,
     donate_argnums: int | tuple[int, ...] = (),
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """``jax.jit(fn)`` where the block lives; elsewhere a function that returns stand-ins.
 
@@ -128,6 +131,7 @@ def block_program(
         the program is in it.
       donate_argnums: as of `jax.jit`. Nothing is donated to a traced program: what is gone can't
         be waited for.
+      compiler_options: as of `jax.jit`.
 
     Returns:
       The program. In a process that has none of the block's devices, a function that takes
@@ -136,7 +140,12 @@ def block_program(
     recorder = trace.recorder() if traced else None
     donate_argnums = () if recorder else donate_argnums
     fn = for_devices(fn, placement)
-    program = jax.jit(fn, out_shardings=out_shardings, donate_argnums=donate_argnums)
+    program = jax.jit(
+        fn,
+        out_shardings=out_shardings,
+        donate_argnums=donate_argnums,
+        compiler_options=compiler_options,
+    )
     if is_local(placement.state):
         if inputs is not None:
             program = program.lower(*inputs).compile()
@@ -159,6 +168,14 @@ def block_program(
         return known[shapes]
 
     return absent
+
+
+def run_once(device: jax.Device) -> dict[str, Any]:
+    """Compiler options of a program that runs once: on a CPU it need not be fast.
+
+    It compiles in a quarter of the time; the numbers are the same.
+    """
+    return {"xla_backend_optimization_level": 0} if device.platform == "cpu" else {}
 
 
 def for_devices(fn: Callable[..., Any], placement: BlockPlacement) -> Callable[..., Any]:

@@ -26,6 +26,7 @@ from dgl_jax.models import check_image_shape
 from dgl_jax.models.network import Network
 from dgl_jax.optim import make_optimizer
 from dgl_jax.partition import balanced_cuts, check_num_blocks, slowest_block_cost
+from dgl_jax.pipeline import run_once
 from dgl_jax.placement import make_placements
 from dgl_jax.precision import matmul_precision
 from dgl_jax.provenance import provenance
@@ -133,6 +134,7 @@ def _search(config: SearchConfig, workdir: str) -> dict[str, Any]:
                 images,
                 kernel_init=config.network.kernel_init,
                 norm_init=config.network.norm_init,
+                compiler_options=run_once(jax.devices()[0]),
             ),
             OuterState(variables, outer_optimizer.init(variables)),
         ),

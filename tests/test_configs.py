@@ -21,7 +21,12 @@ _FOLDER = pathlib.Path(__file__).parents[1] / "experiments" / "configs"
 _ALL = {path.stem: runpy.run_path(str(path)) for path in sorted(_FOLDER.glob("*.py"))}
 _SEARCHES = {name: _ALL[name] for name in ("sedona_search",)}
 _FILES = {name: file for name, file in _ALL.items() if name not in _SEARCHES}
-_IMAGE_SHAPES = {"embedded": (28, 28, 1), "cifar10": (32, 32, 3), "tiny_imagenet": (64, 64, 3)}
+_IMAGE_SHAPES = {
+    "arrays": (28, 28, 1),
+    "embedded": (28, 28, 1),
+    "cifar10": (32, 32, 3),
+    "tiny_imagenet": (64, 64, 3),
+}
 
 
 def _load(name, variant=""):

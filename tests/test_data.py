@@ -1,6 +1,7 @@
 """The data: functions of (seed, step), the augmentation's oracle, exact evaluation, errors."""
 
 import functools
+import gzip
 import importlib.util
 import io
 import json
@@ -9,6 +10,7 @@ import pathlib
 import pickle
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 
@@ -31,6 +33,7 @@ from dgl_jax.data import (
     streaming,
     tfds_source,
 )
+from dgl_jax.data.sources import load_arrays
 from dgl_jax.errors import UserError
 
 REAL_SETS = pathlib.Path(__file__).parents[2] / "shared" / "data" / "tfds"
@@ -846,6 +849,43 @@ def test_errors_of_the_arrays_file(tmp_path):
     np.save(tmp_path / "b.npy", TRAIN_IMAGES)
     with pytest.raises(UserError, match="must be a readable .npz file .one array"):
         load_tiny(str(tmp_path / "b.npy"))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_idx_files(tmp_path, is_packed):
+    """As MNIST is distributed: big-endian sizes before the bytes."""
+    rng = np.random.default_rng(0)
+    names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    arrays = [
+        rng.integers(0, 256, (30, 5, 4)), np.arange(30) % 3,
+        rng.integers(0, 256, (6, 5, 4)), np.arange(6) % 3,
+    ]  # fmt: skip
+    for name, array in zip(names, arrays):
+        header = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape)
+        content = header + array.astype(np.uint8).tobytes()
+        path = tmp_path / f"{name}-ubyte{'.gz' if is_packed else ''}"
+        path.write_bytes(gzip.compress(content) if is_packed else content)
+    found = load_arrays(str(tmp_path))
+    assert found.num_classes == 3 and found.image_shape == (5, 4, 1)
+    for mine, array in zip(
+        (
+            found.train_images[..., 0],
+            found.train_labels,
+            found.test_images[..., 0],
+            found.test_labels,
+        ),
+        arrays,
+    ):
+        np.testing.assert_array_equal(mine, array)
+    whole = path.read_bytes()
+    for broken, message in (
+        (whole[:-3], "fetch it again"),
+        (b"", "fetch it again"),
+        (None, f"has neither {names[3]}-ubyte nor {names[3]}-ubyte.gz"),
+    ):
+        path.unlink() if broken is None else path.write_bytes(broken)
+        with pytest.raises(UserError, match=message):
+            load_arrays(str(tmp_path))
 
 
 def test_errors_of_finding_a_set(tmp_path):

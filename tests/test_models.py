@@ -103,6 +103,14 @@ ASYNC_WIDTHS = [(3, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 
             (32, 32, 3),
             _conv(5, 3, 128) + 2 * _conv(5, 128, 128) + _linear(128, 10),
         ),
+        # PredSim's 2.9 million.
+        (
+            "mlp",
+            {},
+            10,
+            (28, 28, 1),
+            _linear(784, 1024, True) + 2 * _linear(1024, 1024, True) + _linear(1024, 10),
+        ),
         # SEDONA's CIFAR network: 16-32-64-128-128, linear layers of 1024 on a 1x1 map.
         (
             "vgg13",
@@ -140,6 +148,7 @@ def _maps(*runs):
         ("cnn4", {}, (32, 32, 3), _maps((1, 32, 64), (2, 16, 128), (1, 8, 256))),
         ("cnn6_async", {}, (32, 32, 3), _maps((2, 32, 128), (2, 16, 256), (2, 8, 512))),
         ("dni_cnn", {}, (32, 32, 3), [*_maps((1, 10, 128), (1, 3, 128), (1, 1, 128)), (1, 128)]),
+        ("mlp", {"dropout": 0.1}, (28, 28, 1), [(1, 1024)] * 4),
         (
             "vgg13",
             {"form": "imagenet"},
@@ -282,6 +291,22 @@ def test_initialisers():
     np.testing.assert_allclose(
         jnp.std(params["Conv_0"]["kernel"]), math.sqrt(2 / (9 * 64)), rtol=0.02
     )
+
+
+def test_what_a_layer_of_the_mlp_hands_on_is_dropped_by_the_next():
+    """So the block's own head sees all of it: in training each layer's output has no zeros."""
+    network = make_network("mlp_zero_head", 10, width_factor=1 / 16, dropout=0.5)
+    x, key = jnp.ones((16, 4, 4, 1)) + jnp.arange(16.0).reshape(16, 1, 1, 1), jax.random.key(0)
+    dropped = []
+    for layer in network.layers:
+        params, batch_stats = init_module(layer, key, x)
+        x, _ = apply_module(layer, params, batch_stats, x, train=True, key=key)
+        dropped.append(float(jnp.mean(x == 0)))
+    assert dropped[:3] == [0, 0, 0] and 0.4 < dropped[3] < 0.6
+    for name, is_zero in (("mlp_zero_head", True), ("mlp", False)):
+        head = make_network(name, 10, width_factor=1 / 16).head
+        params, _ = init_module(head, key, x)
+        assert bool(jnp.all(params["kernel"] == 0)) == is_zero
 
 
 # ---- The common suite: every network and every auxiliary head, by name.

@@ -1,8 +1,11 @@
 """Sets that come as whole arrays: the embedded one, and the user's own .npz."""
 
 import dataclasses
+import gzip
 import importlib.resources
+import math
 import os
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -65,7 +68,8 @@ def load_arrays(data_dir: str) -> Arrays:
 
     Args:
       data_dir: the path of an .npz with x_train, y_train, x_test and y_test: uint8 images
-        [N, H, W] or [N, H, W, C], and integer labels [N] from 0.
+        [N, H, W] or [N, H, W, C], and integer labels [N] from 0. Or a folder with the four idx
+        files of MNIST, Fashion-MNIST and their kind, as they are distributed, gzipped or not.
 
     Returns:
       The set; its number of classes is the largest label plus one.
@@ -79,8 +83,14 @@ def load_arrays(data_dir: str) -> Arrays:
             " np.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)"
         )
     path = os.path.expanduser(data_dir)
+    if os.path.isdir(path):
+        arrays = {key: _read_idx(path, name, data_dir) for key, name in _IDX_FILES.items()}
+        return from_archive("arrays", arrays, f"data_dir={data_dir}", num_classes=None)
     if not os.path.isfile(path):
-        raise UserError(f"data_dir={data_dir} must be an .npz file for name=arrays; check the path")
+        raise UserError(
+            f"data_dir={data_dir} must be an .npz file, or a folder of idx files, for name=arrays; "
+            "check the path"
+        )
     try:
         with open(path, "rb") as file:
             archive = np.load(file, allow_pickle=False)
@@ -94,6 +104,37 @@ def load_arrays(data_dir: str) -> Arrays:
             f"data_dir={data_dir} must be a readable .npz file ({error}); write it by np.savez"
         ) from error
     return from_archive("arrays", arrays, f"data_dir={data_dir}", num_classes=None)
+
+
+_IDX_FILES = {
+    "x_train": "train-images-idx3-ubyte",
+    "y_train": "train-labels-idx1-ubyte",
+    "x_test": "t10k-images-idx3-ubyte",
+    "y_test": "t10k-labels-idx1-ubyte",
+}
+
+
+def _read_idx(folder: str, name: str, data_dir: str) -> np.ndarray:
+    """An idx file: two zeros, 8 for unsigned bytes, the number of axes, their sizes, the bytes."""
+    path, opener = os.path.join(folder, name), open
+    if not os.path.exists(path):
+        path, opener = path + ".gz", gzip.open
+    try:
+        with opener(path, "rb") as file:
+            content = file.read()
+    except FileNotFoundError:
+        raise UserError(
+            f"data_dir={data_dir} has neither {name} nor {name}.gz; put the four idx files of the "
+            "set there, or give an .npz file"
+        ) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch it again") from error
+    num_axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
+    start = 4 + 4 * num_axes
+    shape = tuple(int(size) for size in np.frombuffer(content[4:start][: 4 * num_axes], ">i4"))
+    if not num_axes or len(content) != start + math.prod(shape):
+        raise UserError(f"{path} is no whole idx file of unsigned bytes; fetch it again")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def from_archive(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dgl_jax.errors import UserError
 from dgl_jax.models.cnn import cnn4, cnn6, cnn6_async, dni_cnn
 from dgl_jax.models.layers import scaled_width
+from dgl_jax.models.mlp import mlp
 from dgl_jax.models.network import Network, apply_module, init_module, output_shape
 from dgl_jax.models.resnet import resnet, resnet110
 from dgl_jax.models.vgg import vgg
@@ -20,6 +21,8 @@ NETWORKS = {
     "cnn4": cnn4,
     "cnn6_async": cnn6_async,
     "dni_cnn": dni_cnn,
+    "mlp": mlp,
+    "mlp_zero_head": functools.partial(mlp, zero_head=True),
     "vgg13": functools.partial(vgg, 13),
     "vgg16": functools.partial(vgg, 16),
     "vgg19": functools.partial(vgg, 19),

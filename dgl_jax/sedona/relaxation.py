@@ -8,6 +8,7 @@ gradient, or the one from above), and which of M candidate heads gives the local
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -100,6 +101,7 @@ def init_state(
     x: jax.Array,
     kernel_init: str = "own",
     norm_init: str = "own",
+    compiler_options: dict[str, Any] | None = None,
 ) -> BlockState:
     """Initialises all layers and candidates, as `block.init_block_state` does one block.
 
@@ -110,6 +112,7 @@ def init_state(
       x: an example input, [B, ...]; only its shape and dtype matter.
       kernel_init: as of `init_module`.
       norm_init: as of `init_module`.
+      compiler_options: as of `jax.jit`.
 
     Returns:
       The state before the first inner step. Its parameters (and statistics) are
@@ -117,7 +120,7 @@ def init_state(
     """
     # A program for each kind of module and shape, not one for all: a deep network has few kinds.
     init = functools.partial(init_module, kernel_init=kernel_init, norm_init=norm_init)
-    init = jax.jit(init, static_argnums=0)
+    init = jax.jit(init, static_argnums=0, compiler_options=compiler_options)
     layers, candidates = [], []
     for place, layer in enumerate(network.layers):
         params, stats = init(layer, jax.random.fold_in(key, place), x)
