@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dgl_jax import distributed
+from dgl_jax import backend, distributed
 from dgl_jax.config import Config, check_field_name, from_dict
 from dgl_jax.data.cache import cache_dir
 from dgl_jax.errors import UserError
@@ -85,6 +85,8 @@ def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
         except KeyboardInterrupt:
             _fail("interrupted; the same command goes on from the last checkpoint", 1)
         except Exception as error:
+            if (backend_failure := backend.failure(error)) is not None:
+                _fail(backend_failure, 2)
             if "No space left on device" not in "".join(traceback.format_exception(error)):
                 if distributed.num_processes() == 1:
                     raise

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from absl import app, flags
 
+from dgl_jax import backend
 from dgl_jax.errors import UserError
 
 
@@ -33,6 +34,10 @@ def run(main: Callable[[list[str]], None], *, takes_arguments: bool = False) -> 
             fail(str(error))
         except KeyboardInterrupt:
             fail("interrupted", code=1)
+        except Exception as error:
+            if (backend_failure := backend.failure(error)) is None:
+                raise
+            fail(backend_failure)
 
     app.run(run_main, flags_parser=parse_flags)
 
