@@ -72,7 +72,7 @@ def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
 
     def run_main(argv: Sequence[str]) -> None:
         del argv
-        from dgl_jax import distributed
+        from dgl_jax import backend, distributed
 
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells each step of a save.
@@ -90,6 +90,8 @@ def run(main: Callable[[Any, str], None], config_class: type = Config) -> None:
         except KeyboardInterrupt:
             _fail("interrupted; the same command goes on from the last checkpoint", 1)
         except Exception as error:
+            if (backend_failure := backend.failure(error)) is not None:
+                _fail(backend_failure, 2)
             if "No space left on device" not in "".join(traceback.format_exception(error)):
                 if distributed.num_processes() == 1:
                     raise

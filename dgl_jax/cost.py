@@ -1,6 +1,6 @@
 """What a block costs before it runs: FLOPs, parameters, bytes handed on; and memory after.
 
-FLOPs are XLA's own count of the forward pass, two a multiply-add.
+FLOPs are those of the forward pass, as `flops` counts them, and so are they on every host.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgl_jax.block import Block, make_block_feed
+from dgl_jax.flops import flops
 from dgl_jax.models.network import Network, apply_module, init_module, output_shape
 from dgl_jax.pipeline import block_program, for_devices
 from dgl_jax.placement import BlockPlacement
@@ -41,12 +42,6 @@ class BlockCost:
     layers_parameters: int
     head_parameters: int
     activation_bytes: int
-
-
-def flops(fn: Callable, *args: Any) -> float:
-    """XLA's count of the floating-point operations of ``fn(*args)``; args may be shapes."""
-    analysis = jax.jit(fn).lower(*args).cost_analysis()
-    return float((analysis or {}).get("flops", 0.0))
 
 
 def count_parameters(params: Any) -> int:

@@ -33,6 +33,12 @@ def run(main: Callable[[list[str]], None], *, takes_arguments: bool = False) -> 
             fail(str(error))
         except KeyboardInterrupt:
             fail("interrupted", code=1)
+        except Exception as error:
+            from dgl_jax import backend  # Imports JAX, which a script may not need.
+
+            if (backend_failure := backend.failure(error)) is None:
+                raise
+            fail(backend_failure)
 
     app.run(run_main, flags_parser=parse_flags)
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -253,6 +254,44 @@ def test_check_image_shape_of_a_user_s_network():
     two_dimensional = Network("flat", [nn.Dense(3), nn.ConvTranspose(4, (3, 3))], nn.Dense(2))
     with pytest.raises(UserError, match="network=flat: layer 1 .*; check its layers"):
         check_image_shape(two_dimensional, (7,))
+
+
+class FailingLayer(nn.Module):
+    make_error: Callable[[], Exception]
+
+    @nn.compact
+    def __call__(self, x):
+        raise self.make_error()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, NotImplementedError])
+def test_check_image_shape_leaves_other_errors_alone(error):
+    network = Network("mine", [nn.Dense(3), FailingLayer(error)], nn.Dense(2))
+    with pytest.raises(error):
+        check_image_shape(network, (5, 5, 1))
+
+
+def test_check_image_shape_leaves_a_backend_that_does_not_start_alone(monkeypatch):
+    def devices():
+        raise AssertionError("a backend")
+
+    network = Network("mine", [FailingLayer(AssertionError)], nn.Dense(2))
+    with pytest.raises(UserError, match="layer 0 fails"):
+        check_image_shape(network, (5, 5, 1))
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(AssertionError, match="a backend"):
+        check_image_shape(network, (5, 5, 1))
+
+
+def test_check_image_shape_leaves_a_module_that_cant_be_traced_alone():
+    class Branching(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x if x.sum() > 0 else -x
+
+    network = Network("mine", [Branching()], nn.Dense(2))
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        check_image_shape(network, (5, 5, 1))
 
 
 def test_projection_has_the_stride_on_the_3x3():

@@ -40,7 +40,7 @@ _SHAPE_ERRORS = (
     ValueError,
     AssertionError,
     ZeroDivisionError,
-    flax.errors.FlaxError,
+    flax.errors.ScopeParamShapeError,
 )
 
 
@@ -160,7 +160,11 @@ def _shape_problem(network: Network, image_shape: tuple[int, ...]) -> str | None
     for name, module in zip(names, (*network.layers, network.head), strict=True):
         try:
             params, x = _module_shapes(module, x)
+        except jax.errors.JAXTypeError:  # Of a module that can't be traced, whatever the shape.
+            raise
         except _SHAPE_ERRORS as error:
+            if isinstance(error, AssertionError):
+                jax.devices()  # Where no backend starts, JAX asserts that too; it raises it here.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             return f"{name} fails on {list(x.shape)} ({reason})"
         if math.prod(x.shape) == 0:

@@ -9,7 +9,14 @@ summed over parts of the batch that fit a core's cache (a step of ResNet-110: 3 
 of a wide 3x3 convolution is 36 matrix products, by Winograd's method, 1.2-2.5 times as fast. A 1x1
 convolution is a matrix product, outside a loop too 3-13 times as fast in its weight gradient. A
 depthwise convolution is a sum of shifted products, 10-30 times as fast as XLA's, which fills
-up the kernel with zeros; its gradients 3-20 times. On a GPU or a TPU nothing is changed.
+up the kernel with zeros; its gradients 3-20 times.
+
+The platform that a program is lowered for decides, not the host's default backend: programs are
+also compiled for devices that the host lacks. So `lax.platform_dependent` chooses, and inside each
+of the three maps that a convolution and its gradients are. Then the rest is the same everywhere:
+the backward pass keeps the input and the kernel, and nothing of a form that was not chosen. For a
+GPU or a TPU the three maps are the convolutions that JAX's own differentiation makes, and the
+compiled program is the same as without this file.
 """
 
 import contextlib
@@ -32,8 +39,7 @@ _in_parts = contextvars.ContextVar("in_parts", default=True)
 def whole_batch():
     """What is traced within takes each weight gradient by one convolution of the whole batch.
 
-    For a batch that is split over devices, which would have to sum over all of them part by part;
-    and to count FLOPs, of which XLA counts those of a loop once.
+    For a batch that is split over devices, which would have to sum over all of them part by part.
     """
     token = _in_parts.set(False)
     try:
@@ -63,7 +69,8 @@ def conv_general_dilated(
     kernel a channel) is a sum over the kernel's places. In float32 the weight gradient of a wide
     3x3 kernel is exact to some 1e-5 of its largest entry (`winograd`), unless a ``precision`` is
     given.
-    Reverse mode works to any order; forward mode (``jvp``) works for the first form only.
+    Of these convolutions reverse mode works to any order, on all platforms; forward mode
+    (``jvp``) does not.
 
     Args:
       lhs: the input, [B, H, W, C] for the faster forms.
@@ -73,17 +80,15 @@ def conv_general_dilated(
     Returns:
       The output, [B, H', W', O], in the inputs' dtype.
     """
-    plain = (
-        jax.default_backend() == "cpu"
-        and lhs.ndim == 4
+    if not (
+        lhs.ndim == 4
         and 0 not in (*lhs.shape, *rhs.shape)
         and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
         and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
         and (batch_group_count, preferred_element_type) == (1, None)
         and (feature_group_count == 1 or feature_group_count == lhs.shape[-1] == rhs.shape[-1])
-    )
-    if not plain:
+    ):
         return lax.conv_general_dilated(
             lhs,
             rhs,
@@ -97,54 +102,157 @@ def conv_general_dilated(
             precision,
             preferred_element_type,
         )
-    kernel_size, strides = rhs.shape[:2], tuple(window_strides)
+    strides = tuple(window_strides)
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], kernel_size, strides, padding)
+        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
     padding = tuple((int(low), int(high)) for low, high in padding)
-    depthwise = feature_group_count > 1
-    if not depthwise and kernel_size == (1, 1) and padding == ((0, 0), (0, 0)):
-        return jnp.matmul(lhs[:, :: strides[0], :: strides[1]], rhs[0, 0], precision=precision)
-    return _convolution(lhs, rhs, _Form(strides, padding, precision, depthwise))
+    form = _Form(
+        lhs.shape, rhs.shape, strides, padding, feature_group_count, precision, _in_parts.get()
+    )
+    return _convolution(lhs, rhs, form)
 
 
 class _Form(NamedTuple):
     """What a convolution and its gradients have in common."""
 
+    x_shape: tuple[int, ...]
+    kernel_shape: tuple[int, ...]
     strides: tuple[int, int]
     padding: tuple[tuple[int, int], tuple[int, int]]
+    num_groups: int
     precision: Any
-    depthwise: bool
+    in_parts: bool
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.num_groups > 1
+
+    @property
+    def is_matmul(self) -> bool:
+        one_pixel = self.kernel_shape[:2] == (1, 1) and self.padding == ((0, 0), (0, 0))
+        return one_pixel and not self.is_depthwise
 
 
-# A convolution and its two gradients are each linear in two of (x, kernel, dy), and the gradients
-# of any of the three are the other two. So all orders of reverse mode run on these three forms.
+# ---- A convolution and its two gradients are each linear in two of (x, kernel, dy), and the
+# gradients of any of the three are the other two. So all orders of reverse mode run on these three.
+# Each chooses its form itself: what is kept for a backward pass does not depend on the platform.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolution(x, kernel, form):
-    if form.depthwise:
-        return _depthwise(x, kernel, form.strides, form.padding)
+    if not (form.is_depthwise or form.is_matmul):
+        return _plain(x, kernel, form)
+    return _for_platform(_cpu_convolution, _plain, form, x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _input_gradient(kernel, dy, form):
+    return _for_platform(_cpu_input_gradient, _plain_input_gradient, form, kernel, dy)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _weight_gradient(x, dy, form):
+    return _for_platform(_cpu_weight_gradient, _plain_weight_gradient, form, x, dy)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _for_platform(on_cpu, elsewhere, form, *arrays):
+    """One of two functions ``(*arrays, form)``; jitted, so as to be traced once for equal forms."""
+    on_cpu, elsewhere = (functools.partial(fn, form=form) for fn in (on_cpu, elsewhere))
+    return lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
+
+
+def _convolution_forward(x, kernel, form):
+    return _convolution(x, kernel, form), (x, kernel)
+
+
+def _convolution_backward(form, residuals, dy):
+    x, kernel = residuals
+    return _input_gradient(kernel, dy, form), _weight_gradient(x, dy, form)
+
+
+def _input_gradient_forward(kernel, dy, form):
+    return _input_gradient(kernel, dy, form), (kernel, dy)
+
+
+def _input_gradient_backward(form, residuals, x):
+    kernel, dy = residuals
+    return _weight_gradient(x, dy, form), _convolution(x, kernel, form)
+
+
+def _weight_gradient_forward(x, dy, form):
+    return _weight_gradient(x, dy, form), (x, dy)
+
+
+def _weight_gradient_backward(form, residuals, kernel):
+    x, dy = residuals
+    return _input_gradient(kernel, dy, form), _convolution(x, kernel, form)
+
+
+_convolution.defvjp(_convolution_forward, _convolution_backward)
+_input_gradient.defvjp(_input_gradient_forward, _input_gradient_backward)
+_weight_gradient.defvjp(_weight_gradient_forward, _weight_gradient_backward)
+
+
+# ---- Elsewhere than on a CPU: what JAX's own differentiation makes.
+
+
+def _plain(x, kernel, form):
     return lax.conv_general_dilated(
         x,
         kernel,
         form.strides,
         form.padding,
         dimension_numbers=_NHWC,
+        feature_group_count=form.num_groups,
         precision=form.precision,
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _input_gradient(kernel, dy, x_shape, form):
+def _plain_input_gradient(kernel, dy, form):
+    return _input_transpose(_plain, kernel, dy, form)
+
+
+def _plain_weight_gradient(x, dy, form):
+    return _weight_transpose(_plain, x, dy, form)
+
+
+def _input_transpose(convolution, kernel, dy, form):
+    x = jax.ShapeDtypeStruct(form.x_shape, dy.dtype)
+    return jax.linear_transpose(lambda x: convolution(x, kernel, form), x)(dy)[0]
+
+
+def _weight_transpose(convolution, x, dy, form):
+    kernel = jax.ShapeDtypeStruct(form.kernel_shape, dy.dtype)
+    return jax.linear_transpose(lambda kernel: convolution(x, kernel, form), kernel)(dy)[0]
+
+
+# ---- On a CPU.
+
+
+def _matmul(x, kernel, form):
+    x = x[:, :: form.strides[0], :: form.strides[1]]
+    return jnp.matmul(x, kernel[0, 0], precision=form.precision)
+
+
+def _cpu_convolution(x, kernel, form):
+    if form.is_matmul:
+        return _matmul(x, kernel, form)
+    return _depthwise(x, kernel, form.strides, form.padding)
+
+
+def _cpu_input_gradient(kernel, dy, form):
     """The transposed convolution: ``dy``, spread by the strides, with the flipped kernel."""
+    if form.is_matmul:
+        return _input_transpose(_matmul, kernel, dy, form)
     dy_padding = [
         (size - 1 - low, size - 1 - high + missed)
         for size, (low, high), missed in zip(
-            kernel.shape[:2], form.padding, _missed(x_shape, kernel.shape, form), strict=True
+            form.kernel_shape[:2], form.padding, _missed(form), strict=True
         )
     ]
     flipped = jnp.flip(kernel, (0, 1))
-    if form.depthwise:
+    if form.is_depthwise:
         return _depthwise(_spread(dy, form.strides), flipped, (1, 1), dy_padding)
     return lax.conv_general_dilated(
         dy,
@@ -157,18 +265,17 @@ def _input_gradient(kernel, dy, x_shape, form):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _weight_gradient(x, dy, kernel_shape, form):
+def _cpu_weight_gradient(x, dy, form):
     """``x`` convolved with ``dy``, the batch being the features that are summed over."""
-    if form.depthwise:
-        return _depthwise_weight_gradient(x, dy, kernel_shape, form.strides, form.padding)
-    if _is_for_winograd(x, kernel_shape, form):
+    if form.is_matmul:
+        return _weight_transpose(_matmul, x, dy, form)
+    if form.is_depthwise:
+        return _depthwise_weight_gradient(x, dy, form.kernel_shape, form.strides, form.padding)
+    if _is_for_winograd(x, form):
         return winograd.weight_gradient(x, dy)
     x_padding = [
         (low, high - missed)
-        for (low, high), missed in zip(
-            form.padding, _missed(x.shape, kernel_shape, form), strict=True
-        )
+        for (low, high), missed in zip(form.padding, _missed(form), strict=True)
     ]
 
     def of_images(x, dy):
@@ -183,14 +290,14 @@ def _weight_gradient(x, dy, kernel_shape, form):
         )
         return _wide(gradient.transpose(1, 2, 0, 3))
 
-    num_parts = _num_parts(x)
+    num_parts = _num_parts(x) if form.in_parts else 1
     if num_parts == 1:
         return of_images(x, dy).astype(dy.dtype)
     # Each part has every num_parts-th image.
     x, dy = (a.reshape(-1, num_parts, *a.shape[1:]) for a in (x, dy))
     part = lambda i: (lax.dynamic_index_in_dim(a, i, 1, keepdims=False) for a in (x, dy))
     add = lambda i, gradient: gradient + of_images(*part(i))
-    zeros = jnp.zeros(kernel_shape, jnp.promote_types(dy.dtype, jnp.float32))
+    zeros = jnp.zeros(form.kernel_shape, jnp.promote_types(dy.dtype, jnp.float32))
     return lax.fori_loop(0, num_parts, add, zeros).astype(dy.dtype)
 
 
@@ -199,69 +306,35 @@ def _num_parts(x) -> int:
 
     XLA transposes element by element: of a whole batch each would come from memory again.
     """
-    if not _in_parts.get():
-        return 1
     num_parts, num_bytes = 1, x.size * x.dtype.itemsize
     while num_bytes > num_parts * _CACHED_BYTES and len(x) % (2 * num_parts) == 0:
         num_parts *= 2
     return num_parts
 
 
-def _convolution_forward(x, kernel, form):
-    return _convolution(x, kernel, form), (x, kernel)
-
-
-def _convolution_backward(form, residuals, dy):
-    x, kernel = residuals
-    return _input_gradient(kernel, dy, x.shape, form), _weight_gradient(x, dy, kernel.shape, form)
-
-
-def _input_gradient_forward(kernel, dy, x_shape, form):
-    return _input_gradient(kernel, dy, x_shape, form), (kernel, dy)
-
-
-def _input_gradient_backward(x_shape, form, residuals, x):
-    del x_shape
-    kernel, dy = residuals
-    return _weight_gradient(x, dy, kernel.shape, form), _convolution(x, kernel, form)
-
-
-def _weight_gradient_forward(x, dy, kernel_shape, form):
-    return _weight_gradient(x, dy, kernel_shape, form), (x, dy)
-
-
-def _weight_gradient_backward(kernel_shape, form, residuals, kernel):
-    del kernel_shape
-    x, dy = residuals
-    return _input_gradient(kernel, dy, x.shape, form), _convolution(x, kernel, form)
-
-
-_convolution.defvjp(_convolution_forward, _convolution_backward)
-_input_gradient.defvjp(_input_gradient_forward, _input_gradient_backward)
-_weight_gradient.defvjp(_weight_gradient_forward, _weight_gradient_backward)
-
-
-def _is_for_winograd(x, kernel_shape, form) -> bool:
+def _is_for_winograd(x, form) -> bool:
     """Where its weight gradient was found to be 1.2-2.5 times as fast, on two cores."""
     batch_size, height, width, _ = x.shape
     return (
-        _in_parts.get()
-        and kernel_shape[:2] == (3, 3)
-        and form == _Form((1, 1), ((1, 1), (1, 1)), precision=None, depthwise=False)
+        form.in_parts
+        and form.kernel_shape[:2] == (3, 3)
+        and form.strides == (1, 1)
+        and form.padding == ((1, 1), (1, 1))
+        and form.precision is None
         and height % winograd.TILE == width % winograd.TILE == 0
         and height * width <= 16 * 16
         and batch_size * height * width >= 256 * winograd.TILE**2
-        and min(kernel_shape[2:]) >= 128
+        and min(form.kernel_shape[2:]) >= 128
         and x.dtype in (jnp.float32, jnp.float64)
     )
 
 
-def _missed(x_shape, kernel_shape, form) -> list[int]:
+def _missed(form) -> list[int]:
     """How many of the last rows and columns, with padding, no window reaches."""
     return [
         (size + low + high - kernel_size) % stride
         for size, kernel_size, stride, (low, high) in zip(
-            x_shape[1:3], kernel_shape[:2], form.strides, form.padding, strict=True
+            form.x_shape[1:3], form.kernel_shape[:2], form.strides, form.padding, strict=True
         )
     ]
 
