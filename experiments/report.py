@@ -276,8 +276,10 @@ _INTRO = (
     "the published figure's in every field that decides a number, but for the seed. Blocks are "
     "counted from 1, as in the authors' logs; epochs are those of a block's own updates. Ours is "
     "the mean over seeds ± the standard deviation of a sample. Training accuracies and losses are "
-    "means over an epoch's batches. While the learning rate is high, test accuracies jump by two "
-    "or three points from epoch to epoch: compare means of five, or the training curves."
+    "means over an epoch's batches. Where the authors published their curves, the last five epochs "
+    "of an unfinished run stand beside the same five of theirs. While the learning rate is high, "
+    "test accuracies jump by two or three points from epoch to epoch: compare means of five, or "
+    "the training curves."
 )
 _HEADER = ("figure", "published", "ours", "difference", "seeds", "epochs", "commit")
 
