@@ -2,9 +2,9 @@
 
 A configuration file lists its words in groups; the first of each is the default:
 
-    WORDS = (("mlp_sr", "mlp", "cnn"), ("full", "short"))
+    WORDS = (("dgl", "ddg", "backprop"), ("K=2", "K=4"))
 
-``table1.py:cnn,short`` takes one of each group, in any order; ``table1.py`` takes the defaults.
+``table2.py:K=4,ddg`` takes one of each group, in any order; ``table2.py`` takes the defaults.
 Plain Python.
 """
 
@@ -27,8 +27,8 @@ def choose_words(variant: str, groups: Sequence[Sequence[str]]) -> tuple[str, ..
       UserError: an unknown word, or two of one group.
 
     Example:
-      >>> choose_words("short", groups=(("mlp_sr", "mlp", "cnn"), ("full", "short")))
-      ('mlp_sr', 'short')
+      >>> choose_words("K=4", groups=(("dgl", "ddg", "backprop"), ("K=2", "K=4")))
+      ('dgl', 'K=4')
     """
     chosen = {}
     for word in variant.split(",") if variant else ():

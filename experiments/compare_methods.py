@@ -1,8 +1,8 @@
 r"""Trains every method of a configuration file with several seeds, and writes one table.
 
     python experiments/compare_methods.py --config=experiments/configs/methods.py \
-        --variant=short --seeds=3 --workdir=runs/methods_short \
-        --out=experiments/results/methods_short.md [--methods=dgl,ddg] [--config.FIELD=VALUE ...]
+        --variant=short --seeds=3 --workdir=runs/methods --out=runs/methods.md \
+        [--methods=dgl,ddg] [--config.FIELD=VALUE ...]
 
 The rows are the words of the file's first group (``WORDS``), so it makes the other tables too.
 Each run is a process of its own, one after the other, in WORKDIR/METHOD/seed_S; the same command

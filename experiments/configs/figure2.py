@@ -3,7 +3,7 @@
     python experiments/train.py --config=experiments/configs/figure2.py:cdni \
         --workdir=runs/figure2_cdni --config.data.data_dir=TFDS_DIR
 
-Words: dgl, backprop, cdni, dni (the method); full, short.
+Words: dgl, backprop, cdni, dni (the method).
 
 Expected (the official logs, one seed, mean of the last ten of 1,500 epochs; test accuracy, %,
 and training loss of the last block; the accuracy after 50 and 200 epochs):
@@ -20,20 +20,17 @@ an epoch leaves out its last, partial batch. Biases start at zero.
 
 BatchNorm's weights start from U(0, 1) (network.norm_init), as the official code's did with the
 PyTorch of its time; with ones the upper blocks learn more slowly in the first epochs.
-
-short: the embedded images, a quarter of the width, three epochs at a learning rate of 1e-3
-(3e-5 needs hundreds): about two minutes on two CPU cores.
 """
 
 from dgl_jax.config import default_config
 from dgl_jax.data.statistics import DGL_CIFAR10_STD
 from dgl_jax.variants import choose_words
 
-WORDS = (("dgl", "backprop", "cdni", "dni"), ("full", "short"))
+WORDS = (("dgl", "backprop", "cdni", "dni"),)
 
 
 def get_config(variant: str = ""):
-    method, budget = choose_words(variant, WORDS)
+    (method,) = choose_words(variant, WORDS)
     config = default_config()
     config.method.name = method
     config.network.name = "dni_cnn"
@@ -54,12 +51,4 @@ def get_config(variant: str = ""):
     config.optimizer.weight_decay = 0.0
     config.optimizer.schedule = "constant"
     config.eval.every_epochs = 1.0
-    if budget == "short":
-        config.network.width_factor = 0.25
-        config.data.name = "embedded"
-        config.data.crop_padding = 0
-        config.data.std = ()
-        config.train.batch_size = 100
-        config.train.num_epochs = 3.0
-        config.optimizer.learning_rate = 1e-3
     return config

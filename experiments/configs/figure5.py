@@ -10,7 +10,7 @@ One block slowed down by every S, and the table:
         --out=experiments/results/figure5_block3.md --config.data.data_dir=TFDS_DIR
 
 Words: S=1.0 (all blocks alike), S=1.1 to S=2.0 in tenths, dgl (the synchronous control; no block
-is slowed down); block=0 to block=5 (which); full, short. A point of the figure is the mean over
+is slowed down); block=0 to block=5 (which). A point of the figure is the mean over
 the six blocks and three seeds.
 
 Expected (the paper, read as text, no numbers are given): at S = 1.0 the accuracy of synchronous
@@ -27,9 +27,6 @@ BatchNorm's weights start from U(0, 1) (network.norm_init), as the official code
 PyTorch of its time; with ones the upper blocks learn more slowly in the first epochs.
 
 The disk needs 31 GiB free at M = 50: room for three checkpoints with their buffers.
-
-short: the embedded images, an eighth of the width, M = 10, three epochs: a minute or two on two
-CPU cores.
 """
 
 from dgl_jax.config import default_config
@@ -37,21 +34,17 @@ from dgl_jax.data.statistics import DGL_CIFAR10_STD
 from dgl_jax.variants import choose_words
 
 _SLOWDOWNS = tuple(f"S={1 + tenth / 10:.1f}" for tenth in range(11))
-WORDS = (
-    (*_SLOWDOWNS, "dgl"),
-    tuple(f"block={block}" for block in range(6)),
-    ("full", "short"),
-)
+WORDS = ((*_SLOWDOWNS, "dgl"), tuple(f"block={block}" for block in range(6)))
 
 
 def get_config(variant: str = ""):
-    slowdown, block, budget = choose_words(variant, WORDS)
+    slowdown, block = choose_words(variant, WORDS)
     config = default_config()
     if slowdown == "dgl":
         config.method.name = "dgl"
     else:
         config.method.name = "async_dgl"
-        config.replay.buffer_size = 50 if budget == "full" else 10
+        config.replay.buffer_size = 50
         config.replay.slowdown = float(slowdown.removeprefix("S="))
         config.replay.slow_block = int(block.removeprefix("block="))
     config.network.name = "cnn6_async"
@@ -72,12 +65,4 @@ def get_config(variant: str = ""):
     config.optimizer.drop_epochs = (15.0, 30.0, 45.0)
     config.optimizer.drop_factor = 0.2
     config.optimizer.momentum_at_drop = "reset"
-    if budget == "short":
-        config.network.width_factor = 0.125
-        config.data.name = "embedded"
-        config.data.crop_padding = 0
-        config.data.std = ()
-        config.train.num_epochs = 3.0
-        config.eval.every_epochs = 1.0
-        config.optimizer.drop_epochs = (0.9, 1.8, 2.7)
     return config

@@ -10,8 +10,8 @@ Every M, and the table:
         --out=experiments/results/figure6_block3.md --config.data.data_dir=TFDS_DIR
 
 Words: M=50, M=40, M=30, M=20, M=10, M=5, M=2, M=1 (mini-batches a buffer); block=0 to block=5
-(which is slowed down, S = 1.2); full, longer, short. A point of the figure is the mean over the six
-blocks and three seeds.
+(which is slowed down, S = 1.2). A point of the figure is the mean over the six blocks and three
+seeds.
 
 Expected (the paper, read as text, no numbers are given): even a tiny buffer loses only slightly.
 M = 50 in float32 takes 10.2 GiB for the five buffers.
@@ -20,10 +20,6 @@ Known differences: those of figure5.py, whose setting this is; the values of M a
 the paper's text. BatchNorm's weights start from U(0, 1) here too.
 
 The disk needs 31 GiB free at M = 50: room for three checkpoints with their buffers.
-
-short: the embedded images, an eighth of the width, three epochs: a minute or two on two CPU
-cores.
-longer: the same for nine epochs.
 """
 
 from dgl_jax.config import default_config
@@ -33,12 +29,11 @@ from dgl_jax.variants import choose_words
 WORDS = (
     ("M=50", "M=40", "M=30", "M=20", "M=10", "M=5", "M=2", "M=1"),
     tuple(f"block={block}" for block in range(6)),
-    ("full", "longer", "short"),
 )
 
 
 def get_config(variant: str = ""):
-    size, block, budget = choose_words(variant, WORDS)
+    size, block = choose_words(variant, WORDS)
     config = default_config()
     config.method.name = "async_dgl"
     config.replay.buffer_size = int(size.removeprefix("M="))
@@ -62,12 +57,4 @@ def get_config(variant: str = ""):
     config.optimizer.drop_epochs = (15.0, 30.0, 45.0)
     config.optimizer.drop_factor = 0.2
     config.optimizer.momentum_at_drop = "reset"
-    if budget != "full":
-        config.network.width_factor = 0.125
-        config.data.name = "embedded"
-        config.data.crop_padding = 0
-        config.data.std = ()
-        epochs_and_drops = {"longer": (9.0, (2.7, 5.4, 8.1)), "short": (3.0, (0.9, 1.8, 2.7))}
-        config.train.num_epochs, config.optimizer.drop_epochs = epochs_and_drops[budget]
-        config.eval.every_epochs = 1.0
     return config

@@ -1,7 +1,7 @@
 """All training methods on one network, one data set and one budget, one block a layer.
 
     python experiments/compare_methods.py --config=experiments/configs/methods.py --variant=short \
-        --seeds=3 --workdir=runs/methods_short --out=experiments/results/methods_short.md
+        --seeds=3 --workdir=runs/methods --out=runs/methods.md
 
 Words: the methods in `WORDS`; full, short. One of them alone:
 

@@ -4,7 +4,7 @@
         --workdir=runs/sedona_resnet50 --config.data.data_dir=TFDS_DIR
 
 Words: dgl, predsim, backprop, sedona (the method); vgg19, resnet50, resnet101, resnet152; K=4,
-K=2, K=8, K=16 (blocks; not of backprop); full, short.
+K=2, K=8, K=16 (blocks; not of backprop).
 
 Expected (SEDONA's slides, K = 4; test error, %):
 
@@ -29,9 +29,6 @@ whose commands leave all three blank for each method. It picks its best state by
 100 steps and tests that; here the last is tested, once an epoch, and the best state is kept
 beside it. Label smoothing spreads over all classes, there over the wrong ones only. VGG's
 convolutions have biases here.
-
-short: 100 steps of CIFAR-10 from each module's own initial weights, which show no more than that it
-learns: a minute or two on two CPU cores for VGG-19, some ten for ResNet-152.
 """
 
 import pathlib
@@ -43,21 +40,19 @@ WORDS = (
     ("dgl", "predsim", "backprop", "sedona"),
     ("vgg19", "resnet50", "resnet101", "resnet152"),
     ("K=4", "K=2", "K=8", "K=16"),
-    ("full", "short"),
 )
 _PUBLISHED = pathlib.Path(__file__).resolve().parents[1] / "published"
 
 
 def get_config(variant: str = ""):
-    method, network, blocks, budget = choose_words(variant, WORDS)
+    method, network, blocks = choose_words(variant, WORDS)
     config = default_config()
     config.method.name = "backprop" if method == "backprop" else "dgl"
     config.network.name = network
     config.network.width_factor = 0.25
     if network == "vgg19":
         config.network.dropout = 0.5
-    if budget == "full":
-        config.network.kernel_init = "he_normal"
+    config.network.kernel_init = "he_normal"
     config.partition.strategy = "uniform"
     config.partition.num_blocks = 4 if method == "backprop" else int(blocks.removeprefix("K="))
     if method == "predsim":
@@ -76,7 +71,7 @@ def get_config(variant: str = ""):
     config.data.crop_padding = 2
     config.data.validation_fraction = 0.1
     config.train.batch_size = 128
-    config.train.num_steps = 64_000 if budget == "full" else 100
+    config.train.num_steps = 64_000
     config.train.num_epochs = 0.0
     config.optimizer.learning_rate = 0.1
     config.optimizer.momentum = 0.9

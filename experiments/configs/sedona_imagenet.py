@@ -4,7 +4,7 @@
         --workdir=runs/sedona_imagenet --config.data.data_dir=TFDS_DIR
 
 Words: sedona, dgl, backprop (the method); resnet101, resnet152; K=2, K=4 (blocks; not of
-backprop); full, short.
+backprop).
 
 Expected (SEDONA's slides; top-1 / top-5 error, %; training speed relative to backprop):
 
@@ -23,10 +23,6 @@ search takes the place of the published one with config.partition.from_search=FI
 Known differences: those of sedona_cifar10.py; bfloat16 instead of float16 with a loss scale;
 SEDONA's code picks its best state by the accuracy on the very images that it tests on, here the
 last state is tested.
-
-short: Imagenette (imagenette/320px-v2 in TFDS_DIR) at 64x64, a quarter of the width, two epochs, in
-float32: 10 classes, and no more than that it learns. Seen on two CPU cores, of 3,000 of its images:
-sedona,resnet101,K=2 in 2 minutes, test accuracy of its blocks 22.7 and 16.3 %.
 """
 
 import pathlib
@@ -34,24 +30,18 @@ import pathlib
 from dgl_jax.config import default_config
 from dgl_jax.variants import choose_words
 
-WORDS = (
-    ("sedona", "dgl", "backprop"),
-    ("resnet101", "resnet152"),
-    ("K=2", "K=4"),
-    ("full", "short"),
-)
+WORDS = (("sedona", "dgl", "backprop"), ("resnet101", "resnet152"), ("K=2", "K=4"))
 _PUBLISHED = pathlib.Path(__file__).resolve().parents[1] / "published"
 
 
 def get_config(variant: str = ""):
-    method, network, blocks, budget = choose_words(variant, WORDS)
+    method, network, blocks = choose_words(variant, WORDS)
     config = default_config()
     config.method.name = "backprop" if method == "backprop" else "dgl"
     config.network.name = network
     config.network.form = "imagenet"
     config.network.dtype = "bfloat16"
-    if budget == "full":
-        config.network.kernel_init = "he_normal"
+    config.network.kernel_init = "he_normal"
     config.partition.strategy = "uniform"
     config.partition.num_blocks = 2 if method == "backprop" else int(blocks.removeprefix("K="))
     config.auxiliary.name = "mlp_sr"
@@ -70,15 +60,4 @@ def get_config(variant: str = ""):
     config.optimizer.weight_decay = 1e-4
     config.optimizer.schedule = "cosine"
     config.optimizer.min_learning_rate = 1e-3
-    if budget == "short":
-        config.network.width_factor = 0.25
-        config.network.dtype = "float32"
-        if method == "sedona":
-            config.auxiliary.features = 512
-        config.data.name = "imagenette/320px-v2"
-        config.data.image_size = 64
-        config.train.batch_size = 50
-        config.train.num_steps = 0
-        config.train.num_epochs = 2.0
-        config.optimizer.learning_rate = 0.02
     return config

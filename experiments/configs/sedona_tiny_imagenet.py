@@ -4,7 +4,7 @@
         --workdir=runs/sedona_tiny_vgg19 --config.data.data_dir=TFDS_DIR
 
 Words: sedona, dgl, backprop (the method); vgg19, resnet50, resnet101, resnet152; K=4, K=2 (blocks;
-not of backprop); full, short.
+not of backprop).
 
 TFDS has no Tiny-ImageNet of its own: TFDS_DIR holds a prepared set ``tiny_imagenet`` whose
 features say 64x64 (without a fixed shape it would be streamed, with other crops), or
@@ -21,10 +21,6 @@ Expected (SEDONA's Table 2, K = 4, as TRGL quotes it; test accuracy, %):
 Known differences: those of sedona_cifar10.py; bfloat16 instead of float16 with a loss scale; no
 rotations (there up to 20 degrees); nothing is held out; no row
 of PredSim, whose published recipe (Adam, 40 classes a batch at first) is not built.
-
-short: Imagenette (imagenette/320px-v2 in TFDS_DIR) at 64x64, a quarter of the width, two epochs, in
-float32: 10 classes, and no more than that it learns. Seen on two CPU cores, of 3,000 of its images:
-sedona,vgg19 in 3 minutes, test accuracy of its blocks 25.9, 30.5, 30.8 and 19.3 %.
 """
 
 import pathlib
@@ -36,13 +32,12 @@ WORDS = (
     ("sedona", "dgl", "backprop"),
     ("vgg19", "resnet50", "resnet101", "resnet152"),
     ("K=4", "K=2"),
-    ("full", "short"),
 )
 _PUBLISHED = pathlib.Path(__file__).resolve().parents[1] / "published"
 
 
 def get_config(variant: str = ""):
-    method, network, blocks, budget = choose_words(variant, WORDS)
+    method, network, blocks = choose_words(variant, WORDS)
     config = default_config()
     config.method.name = "backprop" if method == "backprop" else "dgl"
     config.network.name = network
@@ -50,8 +45,7 @@ def get_config(variant: str = ""):
     config.network.dtype = "bfloat16"
     if network == "vgg19":
         config.network.dropout = 0.5
-    if budget == "full":
-        config.network.kernel_init = "he_normal"
+    config.network.kernel_init = "he_normal"
     config.partition.strategy = "uniform"
     config.partition.num_blocks = 4 if method == "backprop" else int(blocks.removeprefix("K="))
     config.auxiliary.name = "mlp_sr"
@@ -72,16 +66,4 @@ def get_config(variant: str = ""):
     config.optimizer.weight_decay = 1e-4
     config.optimizer.schedule = "cosine"
     config.optimizer.min_learning_rate = 1e-3
-    if budget == "short":
-        config.network.width_factor = 0.25
-        config.network.dtype = "float32"
-        if method == "sedona":
-            config.auxiliary.features = 512
-        config.data.name = "imagenette/320px-v2"
-        config.data.mean = config.data.std = ()
-        config.data.image_size = 64
-        config.train.batch_size = 50
-        config.train.num_steps = 0
-        config.train.num_epochs = 2.0
-        config.optimizer.learning_rate = 0.02
     return config

@@ -8,7 +8,7 @@ All three heads, and their table:
     python experiments/compare_methods.py --config=experiments/configs/table1.py --seeds=3 \
         --workdir=runs/table1 --out=experiments/results/table1.md --config.data.data_dir=TFDS_DIR
 
-Words: mlp_sr, mlp, cnn (the head); full, longer, short.
+Words: mlp_sr, mlp, cnn (the head).
 
 Expected (the paper; test accuracy of the last block after 50 epochs): cnn 92.2 %, mlp 90.6 %,
 mlp_sr 91.2 %. FLOPs of a head relative to the largest block, as the paper has them: 200 %,
@@ -20,20 +20,17 @@ partial batch, which the official code keeps. Biases start at zero.
 
 BatchNorm's weights start from U(0, 1) (network.norm_init), as the official code's did with the
 PyTorch of its time; with ones the upper blocks learn more slowly in the first epochs.
-
-short: the embedded images, an eighth of the width, three epochs: about a minute on two CPU
-cores. longer: the same for nine epochs.
 """
 
 from dgl_jax.config import default_config
 from dgl_jax.data.statistics import DGL_CIFAR10_STD
 from dgl_jax.variants import choose_words
 
-WORDS = (("mlp_sr", "mlp", "cnn"), ("full", "longer", "short"))
+WORDS = (("mlp_sr", "mlp", "cnn"),)
 
 
 def get_config(variant: str = ""):
-    head, budget = choose_words(variant, WORDS)
+    (head,) = choose_words(variant, WORDS)
     config = default_config()
     config.method.name = "dgl"
     config.network.name = "cnn6"
@@ -51,11 +48,4 @@ def get_config(variant: str = ""):
     config.optimizer.schedule = "step"
     config.optimizer.drop_epochs = (15.0, 30.0, 45.0)
     config.optimizer.drop_factor = 0.2
-    if budget != "full":
-        config.network.width_factor = 0.125
-        config.data.name = "embedded"
-        config.data.crop_padding = 0
-        config.data.std = ()
-        epochs_and_drops = {"longer": (9.0, (2.7, 5.4, 8.1)), "short": (3.0, (0.9, 1.8, 2.7))}
-        config.train.num_epochs, config.optimizer.drop_epochs = epochs_and_drops[budget]
     return config

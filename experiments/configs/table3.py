@@ -4,7 +4,7 @@
         --workdir=runs/table3_vgg19_K4 --config.data.data_dir=TFDS_DIR
 
 Words: vgg13_K=10, vgg13_K=4, vgg13_backprop, vgg19_K=4, vgg19_K=2, vgg19_backprop,
-resnet152_K=2, resnet152_backprop; full, short.
+resnet152_K=2, resnet152_backprop.
 
 Expected (the paper; 50 epochs; top-1 / top-5 accuracy of the last block, %):
 
@@ -23,9 +23,6 @@ Known differences: bfloat16 instead of float16 with a loss scale; an epoch leave
 partial batch; heads start as torch's layers do, there from He's normal by fan-out and N(0, 0.01).
 The official backprop counts epochs from 1, so that its rate drops one epoch earlier. The official
 MLP-SR head of ResNet-152 pools 14x14 to 2x2 by a slip before its 1x1 convolutions; ours to 4x4.
-
-short: Imagenette (imagenette/320px-v2 in TFDS_DIR) at 64x64, a quarter of the width, two epochs, in
-float32: 10 classes; with 3,000 of its images a few minutes on two CPU cores.
 """
 
 from dgl_jax.config import default_config
@@ -41,11 +38,11 @@ _CUTS = {
     "resnet152_K=2": (24,),
     "resnet152_backprop": (),
 }
-WORDS = (tuple(_CUTS), ("full", "short"))
+WORDS = (tuple(_CUTS),)
 
 
 def get_config(variant: str = ""):
-    row, budget = choose_words(variant, WORDS)
+    (row,) = choose_words(variant, WORDS)
     config = default_config()
     config.network.name, _, blocks = row.partition("_")
     config.network.form = "imagenet"
@@ -67,13 +64,4 @@ def get_config(variant: str = ""):
     config.optimizer.drop_epochs = (10.0, 20.0, 30.0, 40.0)
     config.optimizer.drop_factor = 0.1
     config.optimizer.momentum_at_drop = "reset"
-    if budget == "short":
-        config.network.width_factor = 0.25
-        config.network.dtype = "float32"
-        config.data.name = "imagenette/320px-v2"
-        config.data.image_size = 64
-        config.train.batch_size = 50
-        config.train.num_epochs = 2.0
-        config.optimizer.learning_rate = 0.02
-        config.optimizer.drop_epochs = (1.0,)
     return config
