@@ -6,6 +6,8 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Small networks take longer to compile than to run: let XLA optimise little.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # One cache of compiled programs for all tests, their processes and the scripts they run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dgl_jax_tests_")

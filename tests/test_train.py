@@ -282,7 +282,7 @@ def test_another_configuration_in_the_same_folder_is_refused(finished_run, array
         ([f"--config={_QUICKSTART}", "--workdir=w", "--nope=1"], "nope"),
         (
             [f"--config={_QUICKSTART.with_name('figure34.py')}:nope", "--workdir=w"],
-            "error: variant=nope: 'nope' is unknown; choose from dgl, sequential, backprop; full",
+            "error: variant=nope: 'nope' is unknown; choose from dgl, sequential, backprop",
         ),
         ([f"--config={_QUICKSTART}", "--workdir=w", "--noconfig.data.flop"], "did you mean"),
         ([f"--config={_QUICKSTART}", "--workdir=w", "extra"], "'extra' is not a flag"),

@@ -6,13 +6,13 @@
 MNIST is a folder of the four idx files as they are distributed, packed or not, or an .npz with
 x_train, y_train, x_test and y_test.
 
-Words: predsim, pred, sim, backprop (the local loss, or none); mnist, fashion.
+Words: predsim, pred, sim, backprop (the local loss, or none); mnist, fashion_mnist.
 
 Expected (their README; test error of the last block after the last epoch, %):
 
                backprop  pred   sim    predsim
     mnist      0.75      0.68   0.80   0.62     100 epochs
-    fashion    8.37      8.60   9.70   8.54     200 epochs
+    fashion_mnist  8.37      8.60   9.70   8.54     200 epochs
 
 Every hidden layer is a block, and so is the output layer: K = 4. About 20 minutes for MNIST on two
 CPU cores.
@@ -24,7 +24,7 @@ their output layer's loss is weighted with 0.01, which Adam undoes.
 from dgl_jax.config import default_config
 from dgl_jax.variants import choose_words
 
-WORDS = (("predsim", "pred", "sim", "backprop"), ("mnist", "fashion"))
+WORDS = (("predsim", "pred", "sim", "backprop"), ("mnist", "fashion_mnist"))
 
 
 def get_config(variant: str = ""):
