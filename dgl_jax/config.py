@@ -197,9 +197,10 @@ class PlacementConfig:
     """Where blocks live and run."""
 
     kind: str = _field("fused", "One program for all blocks, or one program and mesh a block.")
-    # Otherwise the compiler may run blocks at once.
     one_after_another: bool = _field(
-        False, "dgl, fused: a block waits for the update of the one before: the least memory."
+        True,
+        "dgl, fused: a block waits for the update of the one before: the least memory. False: the "
+        "compiler may run blocks at once.",
     )
     num_devices: int = _field(
         0, "Devices to use; 0: one where fused, as many as there are where pipelined."
@@ -894,9 +895,11 @@ def _check_together(config: Config) -> None:
             f"config.placement.data_parallel={placement.data_parallel} devices; raise that, "
             "or set config.placement.kind=pipelined"
         )
-    if placement.one_after_another and (config.method.name, placement.kind) != ("dgl", "fused"):
+    if not placement.one_after_another and (
+        (config.method.name, placement.kind) != ("dgl", "fused")
+    ):
         raise UserError(
-            "config.placement.one_after_another=True is for config.method.name=dgl with "
+            "config.placement.one_after_another=False is for config.method.name=dgl with "
             "config.placement.kind=fused; leave it out"
         )
     by_number = ("uniform", "balanced", "from_search")

@@ -172,12 +172,12 @@ def test_one_after_another_needs_less_memory(small_head):
         temporaries = program.memory_analysis().temp_size_in_bytes
         return temporaries, jax.device_get(program(states, batch, keys))
 
-    (at_once, expected), (in_turn, result) = run(0.1), run(0.1, one_after_another=True)
+    (at_once, expected), (in_turn, result) = run(0.1, one_after_another=False), run(0.1)
     assert in_turn < 0.8 * at_once
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, result
     )
-    _, (states, metrics) = run(np.nan, one_after_another=True)
+    _, (states, metrics) = run(np.nan)
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(states[0].params))
     losses = lambda metrics: [metrics[k]["loss"] for k in range(len(blocks))]
     np.testing.assert_allclose(losses(metrics), losses(expected[1]), rtol=1e-5)
@@ -220,7 +220,7 @@ def test_many_steps_as_one_program(small_head, arrays_path, monkeypatch):
     with blocks one after another."""
     waits, after = [], pipeline._after
     monkeypatch.setattr(pipeline, "_after", lambda *args: waits.append(None) or after(*args))
-    at_once, in_turn = Config(), Config(placement=PlacementConfig(one_after_another=True))
+    at_once, in_turn = Config(placement=PlacementConfig(one_after_another=False)), Config()
     blocks = _blocks(small_head, (3, 4, 4), (0, 1))
     with jax.enable_x64(True):
         data = load_dataset(

@@ -77,7 +77,7 @@ def _measure(config: Config) -> dict[str, Any]:
     states, inputs = zip(*given, strict=True)
     operations = [(block.index, UPDATE) for block in blocks]
     keys = [key] * len(blocks)
-    fused_step = make_fused_step(blocks, optimizer, operations, one_after_another=True)
+    fused_step = make_fused_step(blocks, optimizer, operations)
     fused = _analysis(fused_step, states, Batch(inputs[0], labels), keys)
     if len(blocks) == 1:
         alone = [fused]

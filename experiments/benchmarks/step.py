@@ -50,7 +50,7 @@ _FORM = flags.DEFINE_enum(
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "step: of computing.")
 _SCAN_LAYERS = flags.DEFINE_bool("scan_layers", False, "step: runs of equal layers are loops.")
 _ONE_AFTER_ANOTHER = flags.DEFINE_bool(
-    "one_after_another", False, "step: blocks do not overlap (config.placement.one_after_another)."
+    "one_after_another", True, "step: blocks do not overlap (config.placement.one_after_another)."
 )
 _STEPS_PER_CALL = flags.DEFINE_integer("steps_per_call", 1, "step: of one program.", 1)
 _TORCH = flags.DEFINE_bool("torch", False, "step: the same in PyTorch.")
@@ -102,8 +102,8 @@ def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:
         f"a product of {_MATRIX_SIZE} x {_MATRIX_SIZE} matrices reached "
         f"{rate:.0f} GFLOP/s in the same dtype."
     )
-    if content["one_after_another"]:
-        notes += " DGL's blocks one after another."
+    if not content["one_after_another"]:
+        notes += " DGL's blocks at once, where the compiler likes to."
     setting.write(folder, "step", content, title, [table, notes])
 
 
@@ -198,7 +198,7 @@ def variant_config(
     given.network.name, given.network.width_factor = name, width_factor
     given.network.form, given.network.dtype = _FORM.value, _DTYPE.value
     given.network.scan_layers = _SCAN_LAYERS.value
-    given.placement.one_after_another = _ONE_AFTER_ANOTHER.value and blocks != "1"
+    given.placement.one_after_another = _ONE_AFTER_ANOTHER.value or blocks == "1"
     given.auxiliary.name = "mlp_sr"
     given.train.batch_size = setting.BATCH_SIZE.value
     given.train.steps_per_call = _STEPS_PER_CALL.value
