@@ -472,7 +472,10 @@ def _what(row: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None, unit: float) -> str:
-    return "-" if value is None else f"{value / unit:.4g}"
+    if value is None:
+        return "-"
+    number = value / unit
+    return "< 0.001" if 0 < number < 0.001 else f"{number:.4g}"
 
 
 def _ratio(row: Mapping[str, Any], base: Mapping[str, Any], name: str) -> str:
