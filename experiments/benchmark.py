@@ -7,6 +7,7 @@ turns in one run; figures are medians over --rounds, beside the least and the mo
 
 - step: a step of DGL beside backprop's, on one device, and beside PyTorch's;
 - memory: what a step of DGL needs beside backprop's, from the compiler;
+- compile_for: what all programs need on accelerators, from their compilers; none is needed;
 - compile: the time until the first step is done, with and without a cache of programs;
 - sedona: one outer step of SEDONA's search;
 - parallel: K blocks on K cores, and what one would do instead;
@@ -35,6 +36,7 @@ _OUT = flags.DEFINE_string("out", None, "The folder of the results.")
 _SUBCOMMANDS = {
     "step": "step.step",
     "memory": "memory.memory",
+    "compile_for": "compile_for.compile_for",
     "compile": "compilation.compilation",
     "sedona": "sedona.sedona",
     "parallel": "parallel.parallel",
