@@ -10,8 +10,8 @@ Words: predsim, pred, sim, backprop (the local loss, or none); mnist, fashion_mn
 
 Expected (their README; test error of the last block after the last epoch, %):
 
-               backprop  pred   sim    predsim
-    mnist      0.75      0.68   0.80   0.62     100 epochs
+                   backprop  pred   sim    predsim
+    mnist          0.75      0.68   0.80   0.62     100 epochs
     fashion_mnist  8.37      8.60   9.70   8.54     200 epochs
 
 Every hidden layer is a block, and so is the output layer: K = 4. About 20 minutes for MNIST on two
