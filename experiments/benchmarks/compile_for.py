@@ -10,7 +10,6 @@ tuple's numbers joined by dashes. By default it is all that a run can start, sma
 
 import ast
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -19,7 +18,6 @@ import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 import jax
 from absl import flags
@@ -50,7 +48,7 @@ _ALL = (
     "backprop:network.dtype=bfloat16",
     "data_parallel:placement.num_devices=4",
     "dgl",
-    "dgl:placement.one_after_another=True",
+    "dgl:placement.one_after_another=False",
     "dgl:train.remat_blocks=0-1",
     "dgl:network.dtype=bfloat16",
     "dgl:network.scan_layers=True",
@@ -138,7 +136,7 @@ _DTYPES = flags.DEFINE_list(
 )
 _REMAT = flags.DEFINE_list("remat", ["off"], "compile_for: off, on: train.remat_blocks, all.")
 _ONE_AFTER_ANOTHER = flags.DEFINE_list(
-    "one_after_another", ["off"], "compile_for: off, on: placement.one_after_another."
+    "one_after_another", ["on"], "compile_for: off, on: placement.one_after_another."
 )
 _FORM = flags.DEFINE_enum(
     "form", "cifar", list(_NUM_CLASSES), "compile_for: whose stem and head a network has."
@@ -216,7 +214,7 @@ def _variants() -> Iterator[Variant]:
             blocks="1" if what in (*ONE_BLOCK_METHODS, "search") else blocks,
             dtype="float32" if what == "search" else dtype,
             remat=remat == "on" and what in _WITH_REMAT,
-            one_after_another=one_after_another == "on" and is_dgl,
+            one_after_another=one_after_another == "on" or not is_dgl,
             form=_FORM.value,
             image_size=setting.IMAGE_SIZE.value,
             batch_size=setting.BATCH_SIZE.value,
@@ -299,8 +297,7 @@ def _programs(
     for variant, config in tqdm.tqdm(configs.items(), desc="tracing", unit="variant"):
         what, num_classes = variant.method.partition(":")[0], _NUM_CLASSES[variant.form]
         try:
-            with _plain_convolutions():
-                recorded = programs.record(what, config, devices, variant.image_size, num_classes)
+            recorded = programs.record(what, config, devices, variant.image_size, num_classes)
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 whatever it is, the table says it
@@ -317,17 +314,6 @@ def _programs(
     return found
 
 
-@contextlib.contextmanager
-def _plain_convolutions() -> Iterator[None]:
-    """Traces convolutions as on a host that has the target.
-
-    To be deleted once models/convolution.py does not ask for the default backend any more.
-    """
-    platform = targets.platform(_TARGET.value)
-    with mock.patch.object(jax, "default_backend", lambda: platform):
-        yield
-
-
 def _measure(
     program: programs.Program, where: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -340,8 +326,7 @@ def _measure(
     """
     row = dict.fromkeys(_MEASURED) | {"failure": ""} | where
     try:
-        with _plain_convolutions():
-            lowered = program.lower()
+        lowered = program.lower()
         text = lowered.as_text()
         row["num_devices"] = program.num_devices()
         row["sha256"] = hashlib.sha256(text.encode()).hexdigest()
@@ -467,7 +452,8 @@ def _what(row: Mapping[str, Any]) -> str:
         words.append(row["blocks"].replace("_", " "))
     words += [field.rpartition(".")[2] for field in fields]
     words += [row["dtype"]] if row["dtype"] != "float32" else []
-    words += [name.replace("_", " ") for name in ("remat", "one_after_another") if row[name]]
+    words += ["remat"] if row["remat"] else []
+    words += [] if row["one_after_another"] else ["blocks at once"]
     return ", ".join(words)
 
 

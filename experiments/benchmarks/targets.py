@@ -95,11 +95,6 @@ def is_gpu(target: str) -> bool:
     return (_FOLDER / f"{target}.txt").exists()
 
 
-def platform(target: str) -> str:
-    """What `jax.default_backend` would say on a host that has the target."""
-    return "cpu" if target == "cpu" else "gpu" if is_gpu(target) else "tpu"
-
-
 def versions(target: str) -> dict[str, str]:
     """What decides how a program is compiled for the target."""
     names = ["jax", "jaxlib", "flax"]
