@@ -383,7 +383,7 @@ class SearchConfig:
 
 
 # What may change when a run is resumed: sections and fields that change no number trained.
-_RESUMABLE = (
+RESUMABLE = (
     "placement",
     "trace",
     "profile",
@@ -607,7 +607,7 @@ def check_same_run(
     present, default = to_dict(config), to_dict(type(config)())
     for name in _leaf_fields(type(config)):
         section, _, field = name.partition(".")
-        if section in _RESUMABLE or name in _RESUMABLE:
+        if section in RESUMABLE or name in RESUMABLE:
             continue
         now = present[section][field] if field else present[section]
         # A folder may be older than a field.

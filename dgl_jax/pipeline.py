@@ -280,7 +280,7 @@ def make_fused_step(
       one_after_another: a block begins when the one before has made its update, so that its
         activations are gone by then. Otherwise the compiler may run blocks at once, as nothing
         flows backwards: less time where one block leaves cores idle, and as much memory as
-        backprop takes. The numbers are the same but for rounding.
+        backprop takes. The numbers agree up to rounding.
 
     Returns:
       ``step(states, batch, keys) -> (states, metrics)``, pure; ``keys`` are `block_key` of each.

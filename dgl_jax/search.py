@@ -165,7 +165,8 @@ def _search(config: SearchConfig, workdir: str) -> dict[str, Any]:
     checkpoint.check_room(checkpointer, saved, num_checkpoints=2, last_step=num_steps)
     config_json = json.dumps(to_dict(config), indent=2)
     metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
-    write_summary(workdir, {"finished": False, "made_by": provenance()})
+    made_by = provenance()  # Once: the checkout may change while the search goes on.
+    write_summary(workdir, {"finished": False, "made_by": made_by})
     first_step = 0
     record = {"pretraining_seconds": 0.0, "outer_seconds": 0.0, "compile_seconds": 0.0}
     restored = checkpoint.restore_latest(checkpointer, saved)
@@ -293,7 +294,7 @@ def _search(config: SearchConfig, workdir: str) -> dict[str, Any]:
         "variables_sha256": hashlib.sha256(
             found.alpha.tobytes() + found.beta.tobytes()
         ).hexdigest(),
-        "made_by": provenance(),
+        "made_by": made_by,
         "jax_version": jax.__version__,
         "device_kind": jax.devices()[0].device_kind,
     }

@@ -211,6 +211,8 @@ def _train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         "image_shape": list(image_shape),
         "num_classes": num_classes,
     }
+    # Asked once: the checkout may change while the run goes on.
+    made_by = provenance()
     if is_main:
         config_json = json.dumps(to_dict(config) | {"resolved": resolved}, indent=2)
         metrics.write_atomically(os.path.join(workdir, "config.json"), config_json)
@@ -218,7 +220,7 @@ def _train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
             "finished": False,
             "method": config.method.name,
             "cuts": list(cuts),
-            "made_by": provenance(),
+            "made_by": made_by,
         }
         write_summary(workdir, unfinished)
     step = 0
@@ -409,7 +411,7 @@ def _train_and_evaluate(config: Config, workdir: str) -> dict[str, Any] | None:
         "ideal_speed_up": None,
         "reached_speed_up": None,
         "params_sha256": _sha256(trained),
-        "made_by": provenance(),
+        "made_by": made_by,
         "jax_version": jax.__version__,
         "device_kind": placements[0].devices[0].device_kind,
         "num_devices": len({device for where in placements for device in where.devices}),

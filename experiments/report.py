@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import plain_flags
 from absl import flags
 
-from dgl_jax.config import _RESUMABLE, Config, from_dict, to_dict
+from dgl_jax.config import RESUMABLE, Config, from_dict, to_dict
 from dgl_jax.errors import UserError
 from dgl_jax.metrics import read_metrics, write_atomically
 from dgl_jax.plots import STYLE
@@ -153,7 +153,7 @@ def settings(fields: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[section] = fields.get(section, default)
     found["partition.from_search"] = pathlib.Path(found["partition.from_search"]).parts[-2:]
-    left_out = {"seed", "data.data_dir", *_RESUMABLE}
+    left_out = {"seed", "data.data_dir", *RESUMABLE}
     return {
         name: value
         for name, value in found.items()

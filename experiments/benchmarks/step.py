@@ -4,7 +4,6 @@ For each network all variants take turns: backprop, DGL in each number of blocks
 the same in PyTorch (torch_peers.py, in processes of their own).
 """
 
-import dataclasses
 import itertools
 import json
 import pathlib
@@ -27,7 +26,6 @@ from dgl_jax.config import Config, default_config, from_dict
 from dgl_jax.errors import UserError
 from dgl_jax.grouping import choose_cuts, configured_blocks, configured_network
 from dgl_jax.methods import METHODS
-from dgl_jax.models.convolution import whole_batch
 from dgl_jax.optim import make_optimizer
 from dgl_jax.pipeline import init_states
 from dgl_jax.placement import make_placements
@@ -98,7 +96,7 @@ def _write(folder: pathlib.Path, content: dict[str, Any], table: str) -> None:
         f"{content['device']}, {setting.on_what(content)}. Medians of {setting.ROUNDS.value} "
         f"interleaved rounds of {setting.STEPS.value} steps, least to most in brackets; ratios "
         "round by round. MLP-SR-aux heads, uniform cuts. Host: until the call that starts a step's "
-        "program returns, over its steps. FLOP/s: XLA's count of plain convolutions over the time; "
+        "program returns, over its steps. FLOP/s: those of plain convolutions over the time; "
         f"a product of {_MATRIX_SIZE} x {_MATRIX_SIZE} matrices reached "
         f"{rate:.0f} GFLOP/s in the same dtype."
     )
@@ -243,16 +241,14 @@ def shapes(blocks: Sequence[Block], optimizer: optax.GradientTransformation) -> 
 
 
 def _flops(config: Config) -> float:
-    """Of a step; as if without loops, since XLA counts what a loop does once."""
+    """Of a step."""
     blocks, _ = configured(config)
-    blocks = [dataclasses.replace(block, scan_layers=False) for block in blocks]
     optimizer = make_optimizer(config.optimizer, 10**6, 10**6)
     given, labels, key = shapes(blocks, optimizer)
-    with whole_batch():
-        return sum(
-            cost.flops(make_block_step(block, optimizer), state, x, labels, key)
-            for block, (state, x) in zip(blocks, given, strict=True)
-        )
+    return sum(
+        cost.flops(make_block_step(block, optimizer), state, x, labels, key)
+        for block, (state, x) in zip(blocks, given, strict=True)
+    )
 
 
 def fused(config: Config) -> tuple[Callable[[int], None], Sequence[int], list[float]]:
